@@ -1,0 +1,10 @@
+"""The activation store: token-ordered activations with document boundaries, in Zarr v3.
+
+This package imports nothing else of tcsae.
+"""
+
+from tcsae.store.reader import ActivationStore
+from tcsae.store.spec import HookStatistics, Layout, Provenance, split_of
+from tcsae.store.writer import StoreWriter
+
+__all__ = ["ActivationStore", "HookStatistics", "Layout", "Provenance", "StoreWriter", "split_of"]

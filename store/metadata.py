@@ -1,0 +1,129 @@
+"""The zarr.json files of a store, written by zarr-python itself.
+
+They are made in memory and then written like every other file of a store (synced and renamed, the root
+group last), because a store whose root group exists is one whose layout is complete on disk.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from tcsae.store.errors import StoreCorrupt, StoreNotFound
+from tcsae.store.spec import (
+    ACTIVATIONS,
+    CHECKSUMS,
+    CONTEXT_OFFSETS,
+    DOCUMENT_OFFSETS,
+    FORMAT,
+    FORMAT_VERSION,
+    TOKENS,
+    ZARR_DTYPES,
+    Provenance,
+)
+
+ROOT = "zarr.json"
+
+MAX_HEADER_BYTES = 64 * 2**20
+"""A root group larger than this is refused: 64 hooks of 16,384 dimensions stay well below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Lengths of a store's axes."""
+
+    rows: int
+    documents: int
+    contexts: int
+
+    def chunks(self, rows_per_chunk: int) -> int:
+        """Chunk files of each hook; the last may be padded."""
+        return -(-self.rows // rows_per_chunk)
+
+
+def array_metadata(provenance: Provenance, sizes: Sizes) -> dict[str, bytes]:
+    """Every zarr.json below the root group, by its path in the store.
+
+    Index arrays are one chunk each, so that they too can be memory-mapped; activations are chunked by rows.
+    """
+    memory: dict[str, Buffer] = {}
+    root = zarr.create_group(MemoryStore(memory))
+
+    def create(
+        name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, **attributes: str
+    ) -> None:
+        root.create_array(
+            name,
+            shape=shape,
+            chunks=chunks,
+            dtype=dtype,
+            serializer=BytesCodec(endian="little"),
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+            attributes=attributes,
+        )
+
+    def create_index(name: str, length: int, dtype: str) -> None:
+        create(name, (length,), (length,), dtype)
+
+    create_index(TOKENS, sizes.rows, "int32")
+    create_index(DOCUMENT_OFFSETS, sizes.documents + 1, "int64")
+    create_index(CONTEXT_OFFSETS, sizes.contexts + 1, "int64")
+    dtype = ZARR_DTYPES[provenance.dtype]
+    marks = {"stored_as": provenance.dtype} if dtype != provenance.dtype else {}
+    for hook in provenance.hooks:
+        create_index(f"{CHECKSUMS}/{hook}", sizes.chunks(provenance.rows_per_chunk), "uint32")
+        shape = (sizes.rows, provenance.d_model)
+        create(
+            f"{ACTIVATIONS}/{hook}", shape, (provenance.rows_per_chunk, provenance.d_model), dtype, **marks
+        )
+    return {name: value.to_bytes() for name, value in sorted(memory.items()) if name != ROOT}
+
+
+def root_metadata(provenance: Provenance, **more: Any) -> bytes:
+    """The root group's zarr.json: ``provenance``, the format and what a finished harvest adds."""
+    attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, **provenance.to_dict(), **more}
+    memory: dict[str, Buffer] = {}
+    zarr.create_group(MemoryStore(memory), attributes=attributes)
+    return bytes(memory[ROOT].to_bytes())
+
+
+def read_root(store: Path) -> dict[str, Any]:
+    """The root group's attributes.
+
+    Raises
+    ------
+    StoreNotFound
+        nothing there, or something that is not a tcsae store
+    StoreCorrupt
+        the file cannot be read, is larger than `MAX_HEADER_BYTES`, or is of a newer format
+    """
+    path = store / ROOT
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise StoreCorrupt(
+                f"{path}: {path.stat().st_size} bytes; a store's header is below {MAX_HEADER_BYTES}"
+            )
+        attributes = json.loads(path.read_bytes())["attributes"]
+        name, version = attributes.get("format"), attributes.get("format_version")
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "no finished plan there" if store.exists() else "no such folder"
+        raise StoreNotFound(
+            f"{store}: not an activation store ({hint}); make one with `tcsae harvest`"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise StoreCorrupt(f"{path}: not a Zarr v3 group ({error}); copy the store again") from error
+    if name != FORMAT:
+        raise StoreNotFound(
+            f"{store}: format: expected {FORMAT!r}, got {name!r}; not written by tcsae harvest"
+        )
+    if version != FORMAT_VERSION:
+        raise StoreCorrupt(f"{store}: format {version}, this tcsae reads {FORMAT_VERSION}; upgrade tcsae")
+    return dict(attributes)

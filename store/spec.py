@@ -1,0 +1,258 @@
+"""The activation store, format 1: names, axes, dtypes and what a harvest knows before the model runs.
+
+All ranges are half-open, ``[start, stop)``. Rows are counted over the whole store, positions from a
+context's first stored row, which is 0. ``docs/format.md`` states the format in MUST/MAY lines.
+
+Axis names used in the annotations of every package:
+
+=============  =============================================================
+``row``        one stored token, in document order
+``d_model``    one dimension of the hook's activation
+``document``   one document of the corpus
+``context``    one forward pass of the model; never spans documents
+=============  =============================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from tcsae.store.errors import ConfigError, StoreCorrupt
+
+FORMAT = "tcsae-activations"
+"""Value of the group attribute ``format``; never changes."""
+
+FORMAT_VERSION = 1
+"""Version this package writes; every earlier one is read forever."""
+
+TOKENS = "tokens"
+DOCUMENT_OFFSETS = "document_offsets"
+CONTEXT_OFFSETS = "context_offsets"
+ACTIVATIONS = "activations"
+CHECKSUMS = "checksums"
+DOCUMENTS_FILE = "documents.parquet"
+
+Dtype = Literal["float16", "bfloat16", "float32"]
+Precision = Literal["float32", "bfloat16"]
+Split = Literal["train", "test"]
+
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+"""Stored dtype of an activation, by name."""
+
+ZARR_DTYPES: dict[Dtype, str] = {"float16": "float16", "bfloat16": "uint16", "float32": "float32"}
+"""Zarr v3 has no core bfloat16: its bits are stored as uint16 and the array says so in ``stored_as``."""
+
+TEST_SHARE = 0.1
+"""Share of documents held out, in expectation."""
+
+OUTLIER_FACTOR = 10.0
+"""A row is an outlier if its norm exceeds this multiple of the train split's median norm."""
+
+DOCUMENT_COLUMNS = ("id", "source", "topic", "split", "n_tokens", "sha256")
+"""Columns of documents.parquet that every store has; ``text`` may follow."""
+
+
+def split_of(document_id: str) -> Split:
+    """The split of a document: a function of its id alone, so it never changes as a corpus grows.
+
+    >>> [split_of(name) for name in ("a", "b", "f", "i")]
+    ['train', 'train', 'train', 'train']
+    """
+    digest = hashlib.sha256(document_id.encode()).digest()
+    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """Who made a store, from what and with which settings: the group's attributes.
+
+    Two harvests with equal provenance write the same bytes, so it is also what `--resume` compares.
+    """
+
+    model: str
+    """hub name, folder or packaged name, as given"""
+    model_revision: str
+    """commit of the weights on the hub, or "" for a local folder"""
+    model_sha256: str
+    """SHA-256 over the weight files"""
+    tokenizer_sha256: str
+    """SHA-256 over the tokenizer's files"""
+    hooks: tuple[str, ...]
+    """TransformerLens names, in the order given"""
+    d_model: int
+    """columns of every hook's array"""
+    context_length: int
+    """tokens of one forward pass, a prepended BOS included"""
+    bos_token_id: int | None
+    """token prepended to every context, its row not stored; None: nothing is prepended (0 is a BOS)"""
+    special_token_ids: tuple[int, ...]
+    """the tokenizer's pad, BOS and EOS, which the metrics mask"""
+    vocab_size: int
+    """every stored token id is below this"""
+    dtype: Dtype
+    """dtype of the stored activations"""
+    precision: Precision
+    """dtype of the forward pass"""
+    rows_per_chunk: int
+    """rows of a chunk file"""
+    corpus: str
+    """the corpus as given on the command line"""
+    corpus_sha256: str
+    """SHA-256 over the documents' ids and texts, in order"""
+    max_tokens: int | None
+    """bound on the rows, or None"""
+    versions: dict[str, str]
+    """package versions that decide the bytes (torch, transformers, tcsae, ...)"""
+    created: str
+    """UTC day, YYYY-MM-DD: no finer, so that a second harvest of the same day is byte-identical"""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise ConfigError(f"dtype: expected one of {', '.join(get_args(Dtype))}, got {self.dtype!r}")
+        for name in ("d_model", "context_length", "vocab_size", "rows_per_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.hooks or len(set(self.hooks)) != len(self.hooks):
+            raise ConfigError(
+                f"hooks: expected one or more different names, got {', '.join(self.hooks) or 'none'}"
+            )
+        for hook in self.hooks:
+            if not hook or "/" in hook or hook.startswith("."):
+                raise ConfigError(f"hooks: {hook!r} cannot name an array")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; tuples become lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> Provenance:
+        """Read back what `to_dict` wrote; ``where`` names the file in errors.
+
+        Raises
+        ------
+        StoreCorrupt
+            a field is missing or has a value that no writer writes
+        """
+        missing = [f.name for f in fields(cls) if f.name not in values]
+        if missing:
+            raise StoreCorrupt(f"{where}: attributes lack {', '.join(missing)}; copy the store again")
+        known = {f.name: values[f.name] for f in fields(cls)}
+        known["hooks"] = tuple(known["hooks"])
+        known["special_token_ids"] = tuple(known["special_token_ids"])
+        try:
+            return cls(**known)
+        except (ConfigError, TypeError) as error:
+            raise StoreCorrupt(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Every row's place, known before the model runs.
+
+    Raises `ConfigError` if the offsets do not cover the rows or a context leaves its document.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    """token id of each row, int32 [row]"""
+    document_offsets: npt.NDArray[np.int64]
+    """document i holds rows [offsets[i], offsets[i + 1]), int64 [document + 1]"""
+    context_offsets: npt.NDArray[np.int64]
+    """context i holds rows [offsets[i], offsets[i + 1]), int64 [context + 1]"""
+    documents: pa.Table
+    """one line a document: `DOCUMENT_COLUMNS` and perhaps ``text``"""
+
+    def __post_init__(self) -> None:
+        problem = offsets_problem(self.document_offsets, self.context_offsets, len(self.tokens))
+        if problem:
+            raise ConfigError(f"layout: {problem}")
+        if self.documents.num_rows != self.n_documents:
+            raise ConfigError(f"layout: {self.documents.num_rows} lines for {self.n_documents} documents")
+
+    @property
+    def n_rows(self) -> int:
+        """rows of the whole store"""
+        return len(self.tokens)
+
+    @property
+    def n_documents(self) -> int:
+        """documents of the whole store"""
+        return len(self.document_offsets) - 1
+
+    @property
+    def n_contexts(self) -> int:
+        """contexts of the whole store"""
+        return len(self.context_offsets) - 1
+
+
+def offsets_problem(
+    document_offsets: npt.NDArray[np.int64],
+    context_offsets: npt.NDArray[np.int64],
+    n_rows: int,
+) -> str | None:
+    """What is wrong with the offsets of a store of ``n_rows`` rows, or None.
+
+    Both must rise strictly from 0 to ``n_rows`` (no empty document or context), and every document must
+    begin where a context begins, which is the same as no context spanning two documents.
+
+    >>> offsets_problem(np.array([0, 2, 5]), np.array([0, 2, 4, 5]), 5)
+    >>> offsets_problem(np.array([0, 2, 5]), np.array([0, 3, 5]), 5)
+    'the context of rows [0, 3) spans two documents: one begins at row 2'
+    """
+    for name, offsets in (("document_offsets", document_offsets), ("context_offsets", context_offsets)):
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != n_rows:
+            return f"{name} must run from 0 to {n_rows}, got {offsets[:1].tolist()}..{offsets[-1:].tolist()}"
+        if np.any(np.diff(offsets) <= 0):
+            at = int(np.flatnonzero(np.diff(offsets) <= 0)[0])
+            return f"{name} must rise, but entry {at + 1} is {offsets[at + 1]} after {offsets[at]}"
+    inside = np.searchsorted(context_offsets, document_offsets)
+    broken = np.flatnonzero(context_offsets[inside] != document_offsets)
+    if broken.size:
+        row = int(document_offsets[broken[0]])
+        context = int(inside[broken[0]])
+        span = f"[{context_offsets[context - 1]}, {context_offsets[context]})"
+        return f"the context of rows {span} spans two documents: one begins at row {row}"
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HookStatistics:
+    """What a hook's activations look like, over the rows of the train split, in float64."""
+
+    mean: npt.NDArray[np.float64]
+    """mean activation, outliers left out, float64 [d_model]"""
+    mean_square_norm: float
+    """mean of ||x - mean||^2, outliers left out; the scaler makes it d_model"""
+    norm_quantiles: dict[str, float]
+    """quantiles of ||x||, outliers included, exact to 0.3 %; keys such as "0.5" """
+    outlier_norm: float
+    """rows with a larger norm are outliers: `OUTLIER_FACTOR` times the median"""
+    n_outliers: int
+    """outliers in the train split: stored, but kept out of the mean, the scaler and the loss"""
+    n_rows: int
+    """rows in the train split, outliers included"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; float64 survives it exactly."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "mean": self.mean.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> HookStatistics:
+        """Read back what `to_dict` wrote; raises `StoreCorrupt` naming ``where``."""
+        try:
+            return cls(**{**values, "mean": np.array(values["mean"], dtype=np.float64)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreCorrupt(
+                f"{where}: statistics cannot be read ({error}); copy the store again"
+            ) from error

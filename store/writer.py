@@ -1,0 +1,240 @@
+"""Writing a store: the plan first, then whole chunks in any order, then the statistics.
+
+A chunk is the unit of work. Every row's place is in the plan, so a chunk that is missing or damaged can be
+computed again by anyone, and no two writers ever touch one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tcsae.store.atomic import exclusive, partial_file, remove_partials, write_atomically
+from tcsae.store.chunks import chunk_bytes, chunk_path, map_chunk, map_raw, write_chunk, write_raw
+from tcsae.store.errors import ActivationError, StoreBusy, StoreCorrupt, StoreExists, StoreMismatch
+from tcsae.store.metadata import ROOT, Sizes, array_metadata, read_root, root_metadata
+from tcsae.store.reader import read_layout
+from tcsae.store.spec import (
+    ACTIVATIONS,
+    CHECKSUMS,
+    CONTEXT_OFFSETS,
+    DOCUMENT_OFFSETS,
+    DOCUMENTS_FILE,
+    TOKENS,
+    TORCH_DTYPES,
+    Layout,
+    Provenance,
+)
+from tcsae.store.statistics import statistics
+
+LOCK = ".writer.lock"
+
+PLANNED = {TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFFSETS, ACTIVATIONS, CHECKSUMS, DOCUMENTS_FILE, LOCK}
+"""What a planning phase that was killed may leave: nothing that cannot be written again."""
+
+
+class StoreWriter:
+    """A store that is being written; one at a time, by `create` or `resume`."""
+
+    def __init__(self, path: Path, layout: Layout, provenance: Provenance) -> None:
+        self.path = path
+        self.layout = layout
+        self.provenance = provenance
+        self.sizes = Sizes(layout.n_rows, layout.n_documents, layout.n_contexts)
+        self.n_chunks = self.sizes.chunks(provenance.rows_per_chunk)
+
+    @classmethod
+    @contextmanager
+    def create(cls, path: Path, layout: Layout, provenance: Provenance) -> Iterator[StoreWriter]:
+        """Write the plan of a new store and hold its lock for the block.
+
+        Raises
+        ------
+        StoreExists
+            ``path`` holds a store, or anything else
+        StoreBusy
+            another process is writing there
+        """
+        if (path / ROOT).exists():
+            state = (
+                "a finished store" if read_root(path).get("complete") else "an unfinished store: add --resume"
+            )
+            raise StoreExists(f"{path}: already holds {state}; choose another path or delete it")
+        if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _planned_names(path)):
+            raise StoreExists(f"{path}: exists and is not a store; choose another path")
+        with _locked(path):
+            writer = cls(path, layout, provenance)
+            writer._write_plan()
+            yield writer
+
+    @classmethod
+    @contextmanager
+    def resume(cls, path: Path, provenance: Provenance) -> Iterator[StoreWriter]:
+        """Go on with an unfinished store, or check a finished one, and hold its lock for the block.
+
+        Raises
+        ------
+        StoreNotFound
+            there is no planned store at ``path``
+        StoreMismatch
+            it was begun with other settings; every one that differs is named
+        StoreBusy
+            another process is writing there
+        """
+        begun = Provenance.from_dict(read_root(path), str(path / ROOT))
+        differing = differences(begun, provenance)
+        if differing:
+            raise StoreMismatch(
+                f"{path}: begun with other settings: {'; '.join(differing)}; resume with the first ones or "
+                "choose another path"
+            )
+        with _locked(path):
+            remove_partials(path)
+            yield cls(path, read_layout(path), begun)
+
+    @property
+    def complete(self) -> bool:
+        """whether `finish` has run"""
+        return bool(read_root(self.path).get("complete"))
+
+    def rows_of(self, chunk: int) -> tuple[int, int]:
+        """Rows ``[start, stop)`` that chunk number ``chunk`` holds; the last chunk is shorter."""
+        start = chunk * self.provenance.rows_per_chunk
+        return start, min(start + self.provenance.rows_per_chunk, self.layout.n_rows)
+
+    def missing(self) -> list[int]:
+        """Chunks that some hook lacks or whose file fails its checksum, in order; reads every chunk once."""
+        hooks = self.provenance.hooks
+        return [c for c in range(self.n_chunks) if not all(self._is_good(hook, c) for hook in hooks)]
+
+    def write(self, hook: str, chunk: int, rows: Float[Tensor, "row d_model"]) -> None:
+        """Check ``rows``, cast them to the store's dtype and write them as one chunk file.
+
+        Raises
+        ------
+        ActivationError
+            a value is NaN or Inf, or overflows the dtype; nothing is written
+        DiskFull
+            nothing is left behind
+        """
+        start, stop = self.rows_of(chunk)
+        if rows.shape != (stop - start, self.provenance.d_model):
+            raise ValueError(
+                f"{hook}, chunk {chunk}: expected {(stop - start, self.provenance.d_model)} rows"
+            )
+        stored = rows.detach().to("cpu", TORCH_DTYPES[self.provenance.dtype])
+        if not torch.isfinite(stored).all():
+            self._refuse(hook, start, rows, stored)
+        write_chunk(chunk_path(self.path, hook, chunk), stored, self.provenance.rows_per_chunk)
+
+    def finish(self) -> None:
+        """Compute checksums and statistics of every hook and mark the store as complete.
+
+        Raises `StoreCorrupt` if a chunk is still missing.
+        """
+        train = np.repeat(
+            np.array([split == "train" for split in self.layout.documents["split"].to_pylist()]),
+            np.diff(self.layout.document_offsets),
+        )
+        identity = hashlib.sha256(json.dumps(self.provenance.to_dict(), sort_keys=True).encode())
+        identity.update(np.ascontiguousarray(self.layout.tokens).tobytes())
+        found: dict[str, Any] = {}
+        for hook in self.provenance.hooks:
+            paths = [chunk_path(self.path, hook, chunk) for chunk in range(self.n_chunks)]
+            checksums = np.array([self._verified(path) for path in paths], dtype="<u4")
+            identity.update(checksums.tobytes())
+            write_raw(self.path / CHECKSUMS / hook / "c" / "0", checksums.view(np.uint8))
+
+            def blocks(hook: str = hook) -> Iterator[Float[Tensor, "row d_model"]]:
+                for chunk in range(self.n_chunks):
+                    start, stop = self.rows_of(chunk)
+                    yield self._map(hook, chunk)[: stop - start][torch.from_numpy(train[start:stop])]
+
+            found[hook] = statistics(blocks, self.provenance.d_model).to_dict()
+        root = root_metadata(self.provenance, statistics=found, id=identity.hexdigest()[:16], complete=True)
+        write_atomically(self.path / ROOT, root)
+
+    def _write_plan(self) -> None:
+        remove_partials(self.path)
+        for name, content in array_metadata(self.provenance, self.sizes).items():
+            write_atomically(self.path / name, content)
+        for name, values in (
+            (TOKENS, self.layout.tokens.astype("<i4")),
+            (DOCUMENT_OFFSETS, self.layout.document_offsets.astype("<i8")),
+            (CONTEXT_OFFSETS, self.layout.context_offsets.astype("<i8")),
+        ):
+            write_raw(self.path / name / "c" / "0", np.ascontiguousarray(values).view(np.uint8))
+        with partial_file(self.path / DOCUMENTS_FILE) as beside:
+            pq.write_table(self.layout.documents, beside, compression="zstd")
+        write_atomically(self.path / ROOT, root_metadata(self.provenance, complete=False))
+
+    def _is_good(self, hook: str, chunk: int) -> bool:
+        try:
+            self._map(hook, chunk)
+        except StoreCorrupt:
+            return False
+        return True
+
+    def _verified(self, path: Path) -> int:
+        made = self.provenance
+        return map_raw(path, chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype))[1]
+
+    def _map(self, hook: str, chunk: int) -> Float[Tensor, "row d_model"]:
+        made = self.provenance
+        return map_chunk(chunk_path(self.path, hook, chunk), made.rows_per_chunk, made.d_model, made.dtype)
+
+    def _refuse(
+        self, hook: str, start: int, rows: Float[Tensor, "row d_model"], stored: Float[Tensor, "row d_model"]
+    ) -> None:
+        row = int((~torch.isfinite(stored)).any(dim=1).nonzero()[0])
+        document = int(np.searchsorted(self.layout.document_offsets, start + row, side="right")) - 1
+        name = self.layout.documents["id"][document].as_py()
+        position = start + row - int(self.layout.document_offsets[document])
+        value = rows[row][~torch.isfinite(stored[row])][0].item()
+        overflow = np.isfinite(value)
+        reason = f"{value:.6g} overflows {self.provenance.dtype}" if overflow else f"the model gave {value}"
+        advice = (
+            "harvest with --dtype bfloat16 or float32" if overflow else "check the model and its precision"
+        )
+        raise ActivationError(
+            f"{self.path}: hook {hook}, document {name!r}, token {position} (row {start + row}): {reason}; "
+            f"{advice}"
+        )
+
+
+def differences(begun: Provenance, asked: Provenance) -> list[str]:
+    """Settings that differ between two provenances, each as "field: begun with ..., now ..."."""
+    old, new = begun.to_dict(), asked.to_dict()
+    return [
+        f"{name}: begun with {old[name]!r}, now {new[name]!r}"
+        for name in old
+        if name != "created" and old[name] != new[name]
+    ]
+
+
+def _planned_names(path: Path) -> set[str]:
+    return PLANNED | {p.name for p in path.glob("*.partial")}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    busy = StoreBusy(f"{path}: another process is writing to this store; wait for it or stop it")
+    with exclusive(path / LOCK, busy):
+        yield
+
+
+def documents_table(columns: dict[str, list[Any]]) -> pa.Table:
+    """documents.parquet's table from columns, with the types that the format names."""
+    types = {name: pa.string() for name in columns} | {"n_tokens": pa.int64()}
+    return pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})

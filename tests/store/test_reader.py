@@ -1,0 +1,120 @@
+"""Reading: views, copies across chunks, gathers, documents, splits and what is refused."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from tcsae.store import ActivationStore, split_of
+from tcsae.store.errors import StoreNotFound, UnknownName
+
+LENGTHS = [10, 40, 25, 25] * 10
+
+
+@pytest.fixture
+def rows():
+    return torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)).half()
+
+
+@pytest.fixture
+def store(make_store, rows):
+    return make_store(rows.float(), LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [
+        pytest.param(0, 16, id="inside the first chunk"),
+        pytest.param(290, 300, id="up to a chunk's end"),
+        pytest.param(290, 310, id="across a border"),
+        pytest.param(100, 1000, id="over four chunks to the store's end"),
+        pytest.param(500, 500, id="no rows"),
+    ],
+)
+def test_rows_are_the_rows_written(store, rows, start, stop):
+    assert torch.equal(store.rows(start, stop), rows[start:stop])
+
+
+def test_rows_within_a_chunk_share_memory_with_the_map(store):
+    first, second = store.rows(10, 20), store.rows(15, 20)
+    assert first[5].data_ptr() == second[0].data_ptr()
+
+
+def test_writing_to_a_view_leaves_the_file_as_it_was(store, rows):
+    store.rows(0, 5).zero_()
+    assert torch.equal(ActivationStore.open(store.path).rows(0, 5), rows[:5])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (0, 1001), (7, 3)])
+def test_a_range_outside_the_store_is_an_index_error(store, start, stop):
+    with pytest.raises(IndexError, match="of 1000"):
+        store.rows(start, stop)
+
+
+def test_gather_keeps_the_order_asked_for(store, rows):
+    wanted = torch.tensor([999, 0, 299, 300, 0, 650])
+    assert torch.equal(store.gather(wanted), rows[wanted])
+    assert torch.equal(store.gather(wanted.numpy()), rows[wanted])
+
+
+def test_gather_outside_the_store_is_an_index_error(store):
+    with pytest.raises(IndexError, match="of 1000"):
+        store.gather(torch.tensor([5, 1000]))
+
+
+def test_a_document_is_its_rows(store, rows):
+    assert torch.equal(store.document(1), rows[10:50])
+
+
+def test_contexts_know_their_document(store):
+    # document 1 has 40 rows, so contexts 1 and 2
+    assert store.document_of_context[:6].tolist() == [0, 1, 1, 2, 3, 4]
+
+
+def test_splits_are_disjoint_cover_and_depend_on_the_id_alone(store):
+    train, test = store.documents_in("train"), store.documents_in("test")
+    assert sorted([*train, *test]) == list(range(40))
+    assert [split_of(f"document-{i}") for i in test] == ["test"] * len(test)
+    contexts = store.contexts_in("test")
+    assert set(store.document_of_context[contexts]) == set(test)
+
+
+def test_about_a_tenth_of_documents_is_held_out():
+    share = np.mean([split_of(f"some corpus/{i}") == "test" for i in range(20_000)])
+    assert share == pytest.approx(0.1, abs=0.007)  # 3 standard errors
+
+
+def test_a_hook_must_be_named_when_there_are_several(make_store):
+    store = make_store(torch.randn(30, 4), [30], hooks=("blocks.0.hook_out", "blocks.1.hook_out"))
+    with pytest.raises(UnknownName, match=r"blocks\.0\.hook_out, blocks\.1\.hook_out"):
+        store.rows(0, 1)
+    with pytest.raises(UnknownName, match=r"did you mean: blocks\.\d\.hook_out"):
+        store.rows(0, 1, "blocks.7.hook_out")
+
+
+def test_what_is_not_a_store_is_said_to_be_none(tmp_path):
+    with pytest.raises(StoreNotFound, match="no such folder"):
+        ActivationStore.open(tmp_path / "nowhere")
+    with pytest.raises(StoreNotFound, match="no finished plan"):
+        ActivationStore.open(tmp_path)
+
+
+def test_a_store_can_be_sent_to_a_spawned_process(store, rows):
+    # method of an importable class, so that the fresh interpreter finds what it is to call
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        assert torch.equal(
+            pool.submit(ActivationStore.rows, store, 250, 350).result(timeout=120), rows[250:350]
+        )
+
+
+def test_more_chunks_than_maps_are_kept_are_read_all_the_same(make_store, monkeypatch):
+    monkeypatch.setattr("tcsae.store.reader.MAX_MAPPED_CHUNKS", 2)
+    values = torch.arange(100.0)[:, None].expand(100, 4)
+    store = make_store(values, [100], rows_per_chunk=10)
+    assert torch.equal(store.rows(0, 100).float(), values)
+    assert torch.equal(store.gather(torch.arange(99, -1, -1)).float(), values.flip(0))

@@ -1,0 +1,234 @@
+"""Writing: refused values, resuming, locks, and that interruption changes no byte."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tcsae.store import ActivationStore, StoreWriter
+from tcsae.store.errors import (
+    ActivationError,
+    ConfigError,
+    DiskFull,
+    StoreBusy,
+    StoreCorrupt,
+    StoreExists,
+    StoreIncomplete,
+    StoreMismatch,
+)
+from tcsae.store.spec import Layout
+
+HOOK = "blocks.0.hook_resid_post"
+ROWS = torch.randn(1000, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def plan(make_layout, make_provenance):
+    return make_layout([10, 40, 25, 25] * 10, 25), make_provenance()
+
+
+def write(writer: StoreWriter, chunks: list[int]) -> None:
+    for chunk in chunks:
+        start, stop = writer.rows_of(chunk)
+        writer.write(HOOK, chunk, ROWS[start:stop])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+# Resuming
+
+
+def test_an_interrupted_store_is_byte_identical_to_an_uninterrupted_one(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "whole", *plan) as writer:
+        write(writer, [0, 1, 2, 3])
+        writer.finish()
+    with StoreWriter.create(tmp_path / "cut", *plan) as writer:
+        write(writer, [2])
+    with StoreWriter.resume(tmp_path / "cut", plan[1]) as writer:
+        assert writer.missing() == [0, 1, 3]
+        write(writer, [3, 0])
+    with StoreWriter.resume(tmp_path / "cut", plan[1]) as writer:
+        write(writer, writer.missing())
+        writer.finish()
+    assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
+
+
+def test_an_unfinished_store_does_not_open(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2, 3])
+    with pytest.raises(StoreIncomplete, match="--resume"):
+        ActivationStore.open(tmp_path / "s")
+
+
+def test_finishing_without_every_chunk_is_refused(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 3])
+        with pytest.raises(StoreCorrupt, match=r"c/2/0: chunk is missing"):
+            writer.finish()
+
+
+def test_a_damaged_chunk_counts_as_missing(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2, 3])
+    chunk = tmp_path / "s" / "activations" / HOOK / "c" / "1" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[17] ^= 1
+    chunk.write_bytes(content)
+    with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
+        assert writer.missing() == [1]
+
+
+def test_a_plan_that_was_killed_halfway_is_begun_anew(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan):
+        pass
+    (tmp_path / "s" / "zarr.json").unlink()  # the last file that a plan writes
+    (tmp_path / "s" / "documents.parquet.partial").write_bytes(b"half")
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2, 3])
+        writer.finish()
+    assert torch.equal(ActivationStore.open(tmp_path / "s").rows(0, 1000), ROWS.half())
+
+
+def test_other_settings_are_refused_by_name(plan, make_provenance, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan):
+        pass
+    other = make_provenance(dtype="float32", model="another", created="2027-01-01")
+    with (
+        pytest.raises(
+            StoreMismatch, match=r"model: begun with 'made-by-hand', now 'another'; dtype: .*'float32'"
+        ),
+        StoreWriter.resume(tmp_path / "s", other),
+    ):
+        pass
+
+
+# What is in the way
+
+
+def test_an_existing_store_is_not_overwritten(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan):
+        pass
+    with pytest.raises(StoreExists, match="--resume"), StoreWriter.create(tmp_path / "s", *plan):
+        pass
+
+
+def test_a_folder_with_other_things_is_not_touched(plan, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.tex").write_text("precious")
+    with pytest.raises(StoreExists, match="not a store"), StoreWriter.create(tmp_path / "s", *plan):
+        pass
+    assert [p.name for p in (tmp_path / "s").iterdir()] == ["thesis.tex"]
+
+
+HOLD_THE_LOCK = """
+import sys
+from pathlib import Path
+from tcsae.store import StoreWriter
+from tcsae.store.metadata import read_root
+from tcsae.store.spec import Provenance
+path = Path(sys.argv[1])
+with StoreWriter.resume(path, Provenance.from_dict(read_root(path), "")):
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan):
+        pass
+    other = subprocess.Popen(
+        [sys.executable, "-P", "-c", HOLD_THE_LOCK, str(tmp_path / "s")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with other:
+        assert other.stdout.readline() == "holding\n"
+        with pytest.raises(StoreBusy, match="another process"), StoreWriter.resume(tmp_path / "s", plan[1]):
+            pass
+        other.kill()
+    with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
+        assert writer.missing() == [0, 1, 2, 3]
+
+
+def test_a_full_disk_leaves_nothing_half_written(plan, tmp_path, monkeypatch):
+    # a real full disk needs a mount; this is the same call failing with the same error number
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0])
+        before = digests(tmp_path / "s")
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("tcsae.store.atomic.os.fsync", full)
+        with pytest.raises(DiskFull, match="--resume"):
+            write(writer, [1])
+        monkeypatch.undo()
+        assert digests(tmp_path / "s") == before
+        assert writer.missing() == [1, 2, 3]
+
+
+# Refused values
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        pytest.param(float("nan"), "float32", "the model gave nan", id="not a number"),
+        pytest.param(float("inf"), "bfloat16", "the model gave inf", id="infinite"),
+        pytest.param(70_000.0, "float16", "70000 overflows float16", id="beyond float16's 65504"),
+    ],
+)
+def test_a_bad_value_is_named_and_nothing_is_written(
+    make_layout, make_provenance, tmp_path, value, dtype, message
+):
+    rows = ROWS.clone()
+    rows[320, 3] = value
+    with StoreWriter.create(
+        tmp_path / "s", make_layout([300, 700], 25), make_provenance(dtype=dtype)
+    ) as writer:
+        with pytest.raises(ActivationError, match=rf"document 'document-1', token 20 \(row 320\): {message}"):
+            writer.write(HOOK, 1, rows[300:600])
+        assert not list((tmp_path / "s" / "activations" / HOOK).glob("c/*/*"))
+
+
+def test_values_that_bfloat16_holds_are_no_overflow(make_layout, make_provenance, tmp_path):
+    rows = torch.full((30, 16), 70_000.0)
+    with StoreWriter.create(
+        tmp_path / "s", make_layout([30], 25), make_provenance(dtype="bfloat16")
+    ) as writer:
+        writer.write(HOOK, 0, rows)
+        writer.finish()
+    assert ActivationStore.open(tmp_path / "s").rows(0, 1)[0, 0] == torch.tensor(70_000.0).bfloat16()
+
+
+# Layouts that cannot be
+
+
+@pytest.mark.parametrize(
+    ("documents", "contexts", "message"),
+    [
+        pytest.param([0, 5], [0, 5], "must run from 0 to 10", id="rows left over"),
+        pytest.param([0, 6, 6, 10], [0, 6, 10], "must rise", id="an empty document"),
+        pytest.param(
+            [0, 6, 10], [0, 5, 10], r"rows \[5, 10\) spans two documents", id="a context in two documents"
+        ),
+    ],
+)
+def test_offsets_that_do_not_fit_are_refused(make_layout, documents, contexts, message):
+    table = make_layout([1] * (len(documents) - 1), 5).documents
+    with pytest.raises(ConfigError, match=message):
+        Layout(np.arange(10, dtype=np.int32), np.array(documents), np.array(contexts), table)
