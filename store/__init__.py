@@ -3,8 +3,18 @@
 This package imports nothing else of tcsae.
 """
 
+from tcsae.store.describe import Description, describe
 from tcsae.store.reader import ActivationStore
 from tcsae.store.spec import HookStatistics, Layout, Provenance, split_of
 from tcsae.store.writer import StoreWriter
 
-__all__ = ["ActivationStore", "HookStatistics", "Layout", "Provenance", "StoreWriter", "split_of"]
+__all__ = [
+    "ActivationStore",
+    "Description",
+    "HookStatistics",
+    "Layout",
+    "Provenance",
+    "StoreWriter",
+    "describe",
+    "split_of",
+]

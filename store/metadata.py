@@ -6,11 +6,15 @@ group last), because a store whose root group exists is one whose layout is comp
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
@@ -93,6 +97,16 @@ def root_metadata(provenance: Provenance, **more: Any) -> bytes:
     memory: dict[str, Buffer] = {}
     zarr.create_group(MemoryStore(memory), attributes=attributes)
     return bytes(memory[ROOT].to_bytes())
+
+
+def store_id(
+    provenance: Provenance, tokens: npt.NDArray[np.int32], checksums: Iterable[npt.NDArray[Any]]
+) -> str:
+    """16 hex digits that are equal for equal content: settings, tokens and each hook's chunk checksums."""
+    identity = hashlib.sha256(json.dumps(provenance.to_dict(), sort_keys=True).encode())
+    for values in (tokens.astype("<i4"), *checksums):
+        identity.update(np.ascontiguousarray(values).tobytes())
+    return identity.hexdigest()[:16]
 
 
 def read_root(store: Path) -> dict[str, Any]:

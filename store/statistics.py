@@ -13,13 +13,16 @@ are stored and counted but kept out of the mean and the scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.store.spec import OUTLIER_FACTOR, HookStatistics
+from tcsae.store.chunks import chunk_path, map_chunk
+from tcsae.store.spec import OUTLIER_FACTOR, HookStatistics, Layout, Provenance
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 
@@ -66,6 +69,24 @@ def statistics(blocks: Blocks, d_model: int) -> HookStatistics:
         n_outliers=n_rows - n_kept,
         n_rows=n_rows,
     )
+
+
+def train_statistics(store: Path, made: Provenance, layout: Layout, hook: str) -> HookStatistics:
+    """Statistics of ``hook`` over the rows of the train split, from the chunk files of ``store``.
+
+    Raises `StoreCorrupt` if a chunk is missing or damaged.
+    """
+    is_train = np.array([split == "train" for split in layout.documents["split"].to_pylist()])
+    train = torch.from_numpy(np.repeat(is_train, np.diff(layout.document_offsets)))
+    size = made.rows_per_chunk
+
+    def blocks() -> Iterator[Float[Tensor, "row d_model"]]:
+        for chunk, start in enumerate(range(0, layout.n_rows, size)):
+            kept = train[start : start + size]
+            rows = map_chunk(chunk_path(store, hook, chunk), size, made.d_model, made.dtype)
+            yield rows[: len(kept)][kept]
+
+    return statistics(blocks, made.d_model)
 
 
 def _norms(block: Float[Tensor, "row d_model"]) -> npt.NDArray[np.float64]:

@@ -6,8 +6,6 @@ computed again by anyone, and no two writers ever touch one file.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch import Tensor
 from tcsae.store.atomic import exclusive, partial_file, remove_partials, write_atomically
 from tcsae.store.chunks import chunk_bytes, chunk_path, map_chunk, map_raw, write_chunk, write_raw
 from tcsae.store.errors import ActivationError, StoreBusy, StoreCorrupt, StoreExists, StoreMismatch
-from tcsae.store.metadata import ROOT, Sizes, array_metadata, read_root, root_metadata
+from tcsae.store.metadata import ROOT, Sizes, array_metadata, read_root, root_metadata, store_id
 from tcsae.store.reader import read_layout
 from tcsae.store.spec import (
     ACTIVATIONS,
@@ -36,7 +34,7 @@ from tcsae.store.spec import (
     Layout,
     Provenance,
 )
-from tcsae.store.statistics import statistics
+from tcsae.store.statistics import train_statistics
 
 LOCK = ".writer.lock"
 
@@ -143,27 +141,19 @@ class StoreWriter:
 
         Raises `StoreCorrupt` if a chunk is still missing.
         """
-        train = np.repeat(
-            np.array([split == "train" for split in self.layout.documents["split"].to_pylist()]),
-            np.diff(self.layout.document_offsets),
-        )
-        identity = hashlib.sha256(json.dumps(self.provenance.to_dict(), sort_keys=True).encode())
-        identity.update(np.ascontiguousarray(self.layout.tokens).tobytes())
-        found: dict[str, Any] = {}
+        tables = {}
         for hook in self.provenance.hooks:
             paths = [chunk_path(self.path, hook, chunk) for chunk in range(self.n_chunks)]
-            checksums = np.array([self._verified(path) for path in paths], dtype="<u4")
-            identity.update(checksums.tobytes())
-            write_raw(self.path / CHECKSUMS / hook / "c" / "0", checksums.view(np.uint8))
-
-            def blocks(hook: str = hook) -> Iterator[Float[Tensor, "row d_model"]]:
-                for chunk in range(self.n_chunks):
-                    start, stop = self.rows_of(chunk)
-                    yield self._map(hook, chunk)[: stop - start][torch.from_numpy(train[start:stop])]
-
-            found[hook] = statistics(blocks, self.provenance.d_model).to_dict()
-        root = root_metadata(self.provenance, statistics=found, id=identity.hexdigest()[:16], complete=True)
-        write_atomically(self.path / ROOT, root)
+            tables[hook] = np.array([self._verified(path) for path in paths], dtype="<u4")
+            write_raw(self.path / CHECKSUMS / hook / "c" / "0", tables[hook].view(np.uint8))
+        found = {
+            hook: train_statistics(self.path, self.provenance, self.layout, hook).to_dict()
+            for hook in self.provenance.hooks
+        }
+        identity = store_id(self.provenance, self.layout.tokens, tables.values())
+        write_atomically(
+            self.path / ROOT, root_metadata(self.provenance, statistics=found, id=identity, complete=True)
+        )
 
     def _write_plan(self) -> None:
         remove_partials(self.path)

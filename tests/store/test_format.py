@@ -103,3 +103,20 @@ def test_nothing_in_a_store_is_a_pickle_or_a_leftover(opened):
     assert names == {"zarr.json", "0", "documents.parquet"}, files
     for path in opened[1].path.rglob("zarr.json"):
         json.loads(Path(path).read_text())
+
+
+def test_the_reader_in_the_documentation_reads_a_store(make_store):
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text("utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 30
+    names: dict[str, object] = {}
+    exec(compile(code, "docs/format.md", "exec"), names)
+    rows = torch.randn(100, 8, generator=torch.Generator().manual_seed(1))
+    for dtype in ("float16", "bfloat16", "float32"):
+        store = make_store(rows, [30, 70], name=f"{dtype}.zarr", dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+            tokens, activations, line = names["read_document"](str(store.path), 1)
+        np.testing.assert_array_equal(tokens, np.arange(30, 100))
+        np.testing.assert_array_equal(activations, store.document(1).float().numpy())
+        assert line["id"] == "document-1"

