@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tcsae.store.errors import ConfigError, Interrupted, TcsaeError
+from tcsae.store.errors import ConfigError, Interrupted, StoreCorrupt, TcsaeError
 
 if TYPE_CHECKING:
     from tcsae.train import TrainConfig
@@ -203,6 +203,27 @@ def info(
     from tcsae.store import describe
 
     _print(describe(store), as_json)
+
+
+@store_app.command(epilog="Example: tcsae store verify acts.zarr --workers 2")
+def verify(
+    store: Annotated[Path, typer.Argument(help="A finished activation store.")],
+    workers: Annotated[int, typer.Option(help="Processes that read chunks.")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler instead.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every byte of a store and compare it with what the store says of itself; exit 1 if it differs."""
+    from tcsae.store.verify import verify as check
+
+    found = check(store, workers=workers, scheduler=scheduler)
+    if as_json:
+        _print(found, as_json)
+    for problem in [] if as_json else found.problems:
+        typer.echo(problem)
+    if not found.is_good:
+        raise StoreCorrupt(f"{store}: {len(found.problems)} problems in {found.chunks} chunks")
+    if not as_json:
+        typer.echo(f"{store}: {found.chunks} chunks, {found.rows:,} rows: as it says")
 
 
 @app.command(epilog="Example: tcsae demo demo")

@@ -44,7 +44,8 @@ def test_the_root_holds_no_module_but_the_command_line():
 
 
 def test_no_top_level_name_of_ours_is_importable():
-    code = "import importlib.util as u; print([n for n in ('store', 'harvest', 'train', 'cli', 'data') if u.find_spec(n)])"
+    names = ("store", "harvest", "train", "cli", "data")
+    code = f"import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
     found = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd="/", capture_output=True, text=True, check=True
     )

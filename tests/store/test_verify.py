@@ -1,0 +1,167 @@
+"""`verify` reads everything, collects every problem and names each file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tcsae.store.errors import StoreNotFound
+from tcsae.store.verify import verify
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+@pytest.fixture
+def path(make_store):
+    return make_store(torch.randn(1000, 16, generator=torch.Generator().manual_seed(2)), [100] * 10).path
+
+
+def chunk(store: Path, number: int) -> Path:
+    return store / "activations" / HOOK / "c" / str(number) / "0"
+
+
+def write_with_crc(path: Path, values: np.ndarray) -> int:
+    body = values.tobytes()
+    checksum = google_crc32c.value(body)
+    path.write_bytes(body + checksum.to_bytes(4, "little"))
+    return checksum
+
+
+def replant(store: Path, number: int, change) -> None:
+    """Alter a chunk the careful way: its own CRC and the store's table fit the altered rows."""
+    rows = np.frombuffer(chunk(store, number).read_bytes()[:-4], dtype="<f2").reshape(300, 16).copy()
+    change(rows)
+    table = store / "checksums" / HOOK / "c" / "0"
+    checksums = np.frombuffer(table.read_bytes()[:-4], dtype="<u4").copy()
+    checksums[number] = write_with_crc(chunk(store, number), rows)
+    write_with_crc(table, checksums)
+
+
+def edit_statistics(store: Path, **changes: object) -> None:
+    root = json.loads((store / "zarr.json").read_text())
+    root["attributes"]["statistics"][HOOK].update(changes)
+    (store / "zarr.json").write_text(json.dumps(root))
+
+
+def edit_root(store: Path, **changes: object) -> None:
+    root = json.loads((store / "zarr.json").read_text())
+    root["attributes"].update(changes)
+    (store / "zarr.json").write_text(json.dumps(root))
+
+
+def edit_documents(store: Path, column: str, values: list) -> None:
+    table = pq.read_table(store / "documents.parquet")
+    at = table.column_names.index(column)
+    kind = table.schema.field(column).type
+    pq.write_table(table.set_column(at, column, pa.array(values, kind)), store / "documents.parquet")
+
+
+def swap(store: Path) -> None:
+    first, second = chunk(store, 0).read_bytes(), chunk(store, 1).read_bytes()
+    chunk(store, 0).write_bytes(second)
+    chunk(store, 1).write_bytes(first)
+
+
+def flip_two(store: Path) -> None:
+    for number in (1, 3):
+        content = bytearray(chunk(store, number).read_bytes())
+        content[40] ^= 1
+        chunk(store, number).write_bytes(content)
+
+
+def set_nan(rows: np.ndarray) -> None:
+    rows[5, 5] = np.nan
+
+
+def scale(rows: np.ndarray) -> None:
+    rows[:] *= 2
+
+
+def fill_padding(rows: np.ndarray) -> None:
+    rows[250] = 1
+
+
+PLANTED = [
+    pytest.param(flip_two, [r"c/1/0: CRC-32C", r"c/3/0: CRC-32C"], id="two flipped bits are both named"),
+    pytest.param(lambda s: chunk(s, 2).unlink(), ["c/2/0: chunk is missing"], id="a missing chunk"),
+    pytest.param(
+        lambda s: chunk(s, 2).write_bytes(b"12"), ["c/2/0: expected 9604 bytes, got 2"], id="a cut-off chunk"
+    ),
+    pytest.param(swap, ["c/0/0: CRC-32C", "c/1/0: CRC-32C"], id="two swapped chunks"),
+    pytest.param(
+        lambda s: replant(s, 1, set_nan),
+        ["c/1/0: 1 rows hold NaN", "id does not fit"],
+        id="a NaN with good checksums",
+    ),
+    pytest.param(
+        lambda s: replant(s, 1, scale),
+        ["id does not fit", "mean_square_norm", "mean: differs"],
+        id="altered rows with good checksums",
+    ),
+    pytest.param(
+        lambda s: replant(s, 3, fill_padding),
+        ["c/3/0: the padding", "id does not fit"],
+        id="rows in the padding",
+    ),
+    pytest.param(
+        lambda s: edit_statistics(s, mean_square_norm=1.0), ["mean_square_norm: 1.0 in"], id="a wrong scale"
+    ),
+    pytest.param(lambda s: edit_statistics(s, n_outliers=3), ["n_outliers: 3 in"], id="a wrong count"),
+    pytest.param(
+        lambda s: edit_root(s, vocab_size=500),
+        ["tokens run from 0 to 999", "id does not"],
+        id="a token too large",
+    ),
+    pytest.param(
+        lambda s: edit_root(s, context_length=20),
+        ["leaves room for 19", "id does not"],
+        id="a context too long",
+    ),
+    pytest.param(lambda s: edit_root(s, model="x"), ["id does not fit"], id="another model's name"),
+    pytest.param(lambda s: edit_root(s, complete=False), ["the harvest has not finished"], id="not complete"),
+    pytest.param(
+        lambda s: edit_documents(s, "id", ["document-0"] * 2 + [f"document-{i}" for i in range(2, 10)]),
+        ["'document-0' occurs more than once"],
+        id="one id twice",
+    ),
+    pytest.param(
+        lambda s: edit_documents(s, "n_tokens", [100] * 9 + [99]),
+        ["n_tokens of 'document-9'"],
+        id="a wrong length",
+    ),
+    pytest.param(
+        lambda s: edit_documents(s, "split", ["test"] * 10), ["split of 'document-"], id="a wrong split"
+    ),
+]
+
+
+@pytest.mark.parametrize(("plant", "expected"), PLANTED)
+def test_what_is_planted_is_found(path, plant, expected):
+    plant(path)
+    found = verify(path).problems
+    for message in expected:
+        assert any(message in problem for problem in found), found
+    assert all(str(path) in problem and "\n" not in problem for problem in found), found
+
+
+def test_a_good_store_has_no_problems(path):
+    found = verify(path)
+    assert found.problems == ()
+    assert (found.chunks, found.rows) == (4, 1000)
+
+
+def test_workers_find_the_same(path):
+    flip_two(path)
+    assert verify(path, workers=2).problems == verify(path).problems
+
+
+def test_what_is_no_store_cannot_be_verified(tmp_path):
+    with pytest.raises(StoreNotFound):
+        verify(tmp_path)

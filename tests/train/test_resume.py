@@ -1,0 +1,88 @@
+"""A process killed with SIGKILL at a random step, resumed, ends as one that was never killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tcsae.store import ActivationStore
+from tcsae.store.errors import RunError, RunMismatch
+from tcsae.train import TrainConfig, train
+from tcsae.train.checkpoint import checkpoints, load_checkpoint
+from tcsae.train.loop import Training, choose_device
+from tcsae.train.settings import to_toml
+
+TRAIN = """
+import sys, torch
+torch.set_num_threads(1)
+from tcsae.store import ActivationStore
+from tcsae.train import load_config, train
+store, run, config = sys.argv[1:]
+train(ActivationStore.open(store), run, load_config(config))
+"""
+
+
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
+def test_killed_and_resumed_is_bit_identical_to_uninterrupted(
+    sticky_store: ActivationStore, small_config: Callable[..., TrainConfig], tmp_path: Path, seed: int
+) -> None:
+    config = small_config(tokens=150 * 128, checkpoint_every=7, seeds=(0, 1))
+    whole = train(sticky_store, tmp_path / "whole", config)
+    (tmp_path / "asked.toml").write_text(to_toml(config))
+    killed = tmp_path / "killed"
+    arguments = [str(sticky_store.path), str(killed), str(tmp_path / "asked.toml")]
+    process = subprocess.Popen([sys.executable, "-P", "-c", TRAIN, *arguments], stderr=subprocess.DEVNULL)
+    # Not at a checkpoint but somewhere after one: the delay is random, the checkpoint some way into the run.
+    after = random.Random(seed).randrange(1, 15)
+    deadline = time.monotonic() + 120
+    while not any(int(p.stem.split("-")[1]) >= 7 * after for p in checkpoints(killed)):
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(random.Random(seed).uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(killed.glob("sae/*"))
+
+    resumed = train(sticky_store, killed, config, resume=True)
+    assert resumed.metrics.read_bytes() == whole.metrics.read_bytes()
+    for mine, theirs in zip(resumed.saes, whole.saes, strict=True):
+        for name in ("sae_weights.safetensors", "cfg.json"):
+            assert (mine / name).read_bytes() == (theirs / name).read_bytes()
+    last, expected = (load_checkpoint(checkpoints(path)[-1]) for path in (killed, tmp_path / "whole"))
+    assert last.facts == expected.facts
+    assert last.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        if name != "machine":  # speed and memory
+            assert last.tensors[name].equal(tensor), name
+
+
+def test_a_damaged_checkpoint_is_named(
+    sticky_store: ActivationStore, small_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(sticky_store, tmp_path / "run", small_config())
+    newest = checkpoints(tmp_path / "run")[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(RunError, match="step-00000040.safetensors: cannot be read"):
+        load_checkpoint(newest)
+
+
+def test_a_checkpoint_of_another_configuration_or_store_is_refused_by_name(
+    sticky_store: ActivationStore, small_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(sticky_store, tmp_path / "run", small_config())
+    saved = load_checkpoint(checkpoints(tmp_path / "run")[-1])
+    other = Training(sticky_store, small_config(data_seed=1), choose_device("cpu"))
+    with pytest.raises(RunMismatch, match="made with another data_seed"):
+        other.restore(saved)
+    with pytest.raises(RunMismatch, match="of store elsewhere"):
+        other.restore(saved._replace(facts={**saved.facts, "store": "elsewhere"}))
