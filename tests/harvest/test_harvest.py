@@ -200,7 +200,7 @@ import sys
 from pathlib import Path
 import torch
 from tcsae.harvest import HarvestConfig, harvest
-torch.set_num_threads(1)  # as in the process that made the reference: the last bits depend on it
+torch.set_num_threads(1)  # as in the process that made the reference: the last bits may depend on it
 store, model, corpus, hooks = sys.argv[1:]
 harvest(HarvestConfig(store=Path(store), model=model, corpus=corpus, hooks=tuple(hooks.split(",")),
                       context_length=64, dtype="float32", rows_per_chunk=1000, resume=True))

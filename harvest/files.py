@@ -1,0 +1,92 @@
+"""Corpora in files: JSON lines, parquet, folders of text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tcsae.harvest.corpus import BadRow, Document, Rows
+from tcsae.store.errors import CorpusError
+
+
+def read_jsonl(path: Path) -> Rows:
+    """One document a line; blank lines are no rows, but count in the lines' numbers, which begin at 1."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path.name}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                # utf-8-sig: editors on Windows put a byte order mark before the first line
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError:
+                yield BadRow(where, "not UTF-8")
+                continue
+            except (json.JSONDecodeError, RecursionError):
+                yield BadRow(where, "not JSON")
+                continue
+            if not isinstance(row, dict):
+                yield BadRow(where, "not a JSON object")
+                continue
+            yield to_document(row, where, f"{path.name}:{number}", path.name)
+
+
+def read_parquet(path: Path) -> Rows:
+    """One document a row of a table with a ``text`` column; a row's number counts from 1."""
+    try:
+        table = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise CorpusError(
+            f"{path}: expected a parquet file, got {str(error).splitlines()[0]}; write it again"
+        ) from error
+    with table:
+        columns = table.schema_arrow.names
+        if "text" not in columns:
+            raise CorpusError(f"{path}: expected a column named text, got {', '.join(columns)}; rename it")
+        wanted = [name for name in ("id", "text", "source", "topic") if name in columns]
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                yield to_document(row, f"{path.name}, row {number}", f"{path.name}:{number}", path.name)
+
+
+def read_folder(folder: Path) -> Rows:
+    """One document a .txt file at any depth, in the order of their paths; the path is the id."""
+    for path in sorted(folder.rglob("*.txt"), key=lambda found: found.relative_to(folder).as_posix()):
+        name = path.relative_to(folder).as_posix()
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            yield BadRow(name, "not UTF-8")
+            continue
+        except OSError as error:
+            yield BadRow(name, f"not readable: {error.strerror}")
+            continue
+        yield Document(id=name, text=text, source=folder.name, topic=None)
+
+
+def to_document(row: dict[str, Any], where: str, default_id: str, default_source: str) -> Document | BadRow:
+    """A document from a row's ``text`` and, where they are given, ``id``, ``source`` and ``topic``."""
+    text = row.get("text")
+    if text is None:
+        return BadRow(where, "without text")
+    if not isinstance(text, str):
+        return BadRow(where, "with a text that is not a string")
+    if not text.strip():
+        return BadRow(where, "empty")
+    topic = row.get("topic")
+    return Document(
+        id=_name(row.get("id"), default_id),
+        text=text,
+        source=_name(row.get("source"), default_source),
+        topic=None if topic is None else str(topic),
+    )
+
+
+def _name(value: object, default: str) -> str:
+    return default if value is None or value == "" else str(value)

@@ -1,0 +1,195 @@
+"""What a harvest will do, known before the model runs: every row's place, the bytes, the time."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tcsae.harvest.batches import Batch, batches_of, input_ids, padded_tokens
+from tcsae.harvest.config import HarvestConfig
+from tcsae.harvest.corpus import Skips, read_corpus
+from tcsae.harvest.model import LanguageModel, load_model
+from tcsae.harvest.tokens import tokenise
+from tcsae.store.chunks import chunk_bytes
+from tcsae.store.errors import ConfigError
+from tcsae.store.spec import Dtype, Layout, Precision, Provenance
+
+log = logging.getLogger(__name__)
+
+SAMPLE_SECONDS = 3.0
+"""How long a dry run lets the model run to estimate the whole time."""
+
+BYTE_DECIDING = ("tcsae", "torch", "transformers", "transformer_lens", "tokenizers")
+"""Packages whose version may change an activation's last bits or a token."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Everything that the writer and the chunks' runner need."""
+
+    layout: Layout
+    """every row's place"""
+    provenance: Provenance
+    """who, from what, with which settings"""
+    skips: Skips
+    """rows of the corpus that became no document"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """What a harvest would do. Nothing was written to find out."""
+
+    store: str
+    """where the store would be"""
+    rows: int
+    """tokens stored"""
+    documents: int
+    """documents, whole"""
+    contexts: int
+    """forward passes, if each were run alone"""
+    chunks: int
+    """chunk files of each hook"""
+    hooks: tuple[str, ...]
+    """activations stored"""
+    d_model: int
+    """numbers of one activation"""
+    dtype: Dtype
+    """dtype stored"""
+    precision: Precision
+    """dtype of the forward pass"""
+    bytes_per_hook: int
+    """bytes of one hook's chunk files, the last one padded to full size"""
+    total_bytes: int
+    """bytes of the whole store, tables excepted (they are below 1 %)"""
+    free_bytes: int
+    """bytes free on the store's disk"""
+    seconds: float
+    """estimated time of the forward passes on this device, from a sample"""
+    tokens_per_second: float
+    """rows a second behind that estimate"""
+    skipped: dict[str, int]
+    """rows of the corpus that became no document, by reason"""
+
+
+def make_plan(config: HarvestConfig, model: LanguageModel) -> Plan:
+    """Tokenise the corpus and lay out its rows.
+
+    Raises
+    ------
+    UnknownName
+        the model has no such hook, or the corpus no such part
+    CorpusError
+        the corpus cannot be read, or none of it is usable
+    ConfigError
+        the contexts are longer than the model can read
+    """
+    model.check_hooks(config.hooks)
+    if model.max_context is not None and config.context_length > model.max_context:
+        raise ConfigError(
+            f"context_length: expected at most the {model.max_context} tokens that {model.name} can read, "
+            "got "
+            f"{config.context_length}; lower it"
+        )
+    log.info("reading %s", config.corpus)
+    tokenised = tokenise(
+        read_corpus(config.corpus),
+        model.tokenizer,
+        rows_per_context=config.context_length - (model.bos_token_id is not None),
+        max_tokens=config.max_tokens,
+    )
+    if tokenised.skips.total:
+        log.warning("%s: skipped %s", config.corpus, tokenised.skips)
+    return Plan(tokenised.layout, provenance_of(config, model, tokenised.corpus_sha256), tokenised.skips)
+
+
+def provenance_of(config: HarvestConfig, model: LanguageModel, corpus_sha256: str) -> Provenance:
+    """The attributes of a store that ``config`` and ``model`` make from the corpus with that hash."""
+    return Provenance(
+        model=model.name,
+        model_revision=model.revision,
+        model_sha256=model.sha256,
+        tokenizer_sha256=model.tokenizer_sha256,
+        hooks=config.hooks,
+        d_model=model.d_model,
+        context_length=config.context_length,
+        bos_token_id=model.bos_token_id,
+        special_token_ids=model.special_token_ids,
+        vocab_size=model.vocab_size,
+        dtype=config.dtype,
+        precision=config.precision,
+        rows_per_chunk=config.rows_per_chunk,
+        corpus=config.corpus,
+        corpus_sha256=corpus_sha256,
+        max_tokens=config.max_tokens,
+        versions={name: importlib.metadata.version(name) for name in BYTE_DECIDING},
+        created=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def hook_bytes(provenance: Provenance, n_chunks: int) -> int:
+    """Bytes of ``n_chunks`` chunk files of one hook; the last one of a store is as large as the others."""
+    return n_chunks * chunk_bytes(provenance.rows_per_chunk, provenance.d_model, provenance.dtype)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that ``path`` is on or would be on; creates nothing."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def dry_run(config: HarvestConfig) -> DryRun:
+    """Plan a harvest and time a few batches. **Writes nothing**, wherever the store would be.
+
+    It loads the model and reads the corpus, so it finds what a harvest would find wrong with them.
+    """
+    model = load_model(config.model, precision=config.precision, device=config.device)
+    plan = make_plan(config, model)
+    layout = plan.layout
+    n_chunks = -(-layout.n_rows // config.rows_per_chunk)
+    per_hook = hook_bytes(plan.provenance, n_chunks)
+    seconds = _estimate(config, model, layout)
+    return DryRun(
+        store=str(config.store),
+        rows=layout.n_rows,
+        documents=layout.n_documents,
+        contexts=layout.n_contexts,
+        chunks=n_chunks,
+        hooks=config.hooks,
+        d_model=model.d_model,
+        dtype=config.dtype,
+        precision=config.precision,
+        bytes_per_hook=per_hook,
+        total_bytes=per_hook * len(config.hooks),
+        free_bytes=free_bytes(config.store),
+        seconds=seconds,
+        tokens_per_second=layout.n_rows / seconds,
+        skipped=dict(plan.skips.counts),
+    )
+
+
+def _estimate(config: HarvestConfig, model: LanguageModel, layout: Layout) -> float:
+    """Seconds that all forward passes will take, from batches of the first chunk run for a few seconds."""
+    has_bos = model.bos_token_id is not None
+
+    def batches(start: int) -> list[Batch]:
+        stop = min(start + config.rows_per_chunk, layout.n_rows)
+        return batches_of(layout, start, stop, batch_tokens=config.batch_tokens, has_bos=has_bos)
+
+    sample = batches(0)
+    model.residuals(input_ids(layout, sample[0], model.bos_token_id), config.hooks)  # warms caches up
+    done = 0
+    began = time.perf_counter()
+    while sample and time.perf_counter() - began < SAMPLE_SECONDS:
+        # From both ends in turn, since the batches are sorted by length.
+        batch = sample.pop(0 if len(sample) % 2 else -1)
+        found = model.residuals(input_ids(layout, batch, model.bos_token_id), config.hooks)
+        found[config.hooks[0]].cpu()  # a GPU works on after the call returns; the copy waits for it
+        done += padded_tokens([batch])
+    elapsed = time.perf_counter() - began
+    whole = sum(padded_tokens(batches(start)) for start in range(0, layout.n_rows, config.rows_per_chunk))
+    return elapsed * whole / done

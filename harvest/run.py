@@ -1,0 +1,209 @@
+"""Harvesting: plan, then compute the chunks that are missing, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tcsae.harvest.batches import run_chunk
+from tcsae.harvest.config import HarvestConfig
+from tcsae.harvest.locate import canonical_name
+from tcsae.harvest.model import LanguageModel, load_model
+from tcsae.harvest.plan import free_bytes, hook_bytes, make_plan, provenance_of
+from tcsae.store.errors import DiskFull, Interrupted, StoreExists, StoreMismatch
+from tcsae.store.metadata import ROOT, read_root
+from tcsae.store.progress import progress
+from tcsae.store.spec import Provenance
+from tcsae.store.writer import StoreWriter, differences
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HarvestSummary:
+    """What a harvest has done."""
+
+    path: Path
+    """the finished store"""
+    rows: int
+    """tokens stored"""
+    documents: int
+    """documents stored"""
+    contexts: int
+    """forward passes that the rows come from"""
+    hooks: tuple[str, ...]
+    """activations stored of every row"""
+    chunks: int
+    """chunk files of each hook"""
+    computed_chunks: int
+    """those that this call computed; the others were there"""
+    seconds: float
+    """time in forward passes and writing"""
+    tokens_per_second: float
+    """rows computed a second; 0 if none was"""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """rows of the corpus that became no document, by reason; empty when resumed: it is not read again"""
+
+
+def harvest(config: HarvestConfig) -> HarvestSummary:
+    """Run the model over the corpus once and store its activations.
+
+    With ``config.resume``, an unfinished store is completed, a finished one is checked chunk by chunk and
+    mended, and without a store one is begun. Killed at any moment and resumed with the same settings, a
+    store has the bytes of an uninterrupted one.
+
+    Raises
+    ------
+    ModelNotFound, CorpusError, UnknownName, ConfigError
+        what was asked for is not there, or cannot work; nothing is written
+    StoreExists
+        there is something at the path and ``resume`` is not set
+    StoreMismatch
+        the store to resume was begun with other settings; all that differ are named
+    StoreBusy
+        another process is writing to the store
+    DiskFull
+        what is missing does not fit on the disk (checked first), or the disk has filled up since
+    ActivationError
+        an activation is NaN, Inf or overflows the stored dtype; its chunk is not written
+    Interrupted
+        Ctrl-C or SIGTERM; finished chunks stay
+    """
+    begun = (config.store / ROOT).exists()
+    if begun and not config.resume:
+        raise StoreExists(
+            f"{config.store}: already holds a store; go on with it with --resume, or choose another path "
+            "or delete it"
+        )
+    with _interruptible(config.store):
+        return _resume(config) if begun else _begin(config)
+
+
+def _begin(config: HarvestConfig) -> HarvestSummary:
+    model = load_model(config.model, precision=config.precision, device=config.device)
+    plan = make_plan(config, model)
+    n_chunks = -(-plan.layout.n_rows // config.rows_per_chunk)
+    _check_space(config.store, plan.provenance, n_chunks)
+    with StoreWriter.create(config.store, plan.layout, plan.provenance) as writer:
+        return _compute(config, writer, model, writer.missing(), dict(plan.skips.counts))
+
+
+def _resume(config: HarvestConfig) -> HarvestSummary:
+    # The plan, tokens included, is in the store: the corpus is not read again, and the model is loaded only
+    # if there is something for it to do.
+    stored = Provenance.from_dict(read_root(config.store), str(config.store / ROOT))
+    asked = replace(
+        stored,
+        model=canonical_name(config.model),
+        hooks=config.hooks,
+        context_length=config.context_length,
+        dtype=config.dtype,
+        precision=config.precision,
+        rows_per_chunk=config.rows_per_chunk,
+        corpus=config.corpus,
+        max_tokens=config.max_tokens,
+    )
+    with StoreWriter.resume(config.store, asked) as writer:
+        missing = writer.missing()
+        if not missing:
+            if writer.complete:
+                log.info("%s: is complete, nothing to do", config.store)
+            else:
+                writer.finish()
+            return _summary(writer, 0, 0, 0.0, {})
+        model = load_model(config.model, precision=config.precision, device=config.device)
+        differing = differences(stored, provenance_of(config, model, stored.corpus_sha256))
+        if differing:
+            raise StoreMismatch(
+                f"{config.store}: begun with other settings: {'; '.join(differing)}; resume with the first "
+                "ones or "
+                "choose another path"
+            )
+        _check_space(config.store, stored, len(missing))
+        return _compute(config, writer, model, missing, {})
+
+
+def _compute(
+    config: HarvestConfig,
+    writer: StoreWriter,
+    model: LanguageModel,
+    missing: list[int],
+    skipped: dict[str, int],
+) -> HarvestSummary:
+    began = time.perf_counter()
+    todo = sum(stop - start for start, stop in map(writer.rows_of, missing))
+    n_rows = writer.layout.n_rows
+    with progress(n_rows, "token", f"harvest {config.store.name}", initial=n_rows - todo) as bar:
+        for chunk in missing:
+            start, stop = writer.rows_of(chunk)
+            rows = run_chunk(
+                model,
+                writer.layout,
+                start,
+                stop,
+                hooks=config.hooks,
+                d_model=model.d_model,
+                batch_tokens=config.batch_tokens,
+                on_rows=bar.update,
+            )
+            for hook in config.hooks:
+                writer.write(hook, chunk, rows[hook])
+    seconds = time.perf_counter() - began
+    writer.finish()
+    return _summary(writer, len(missing), todo, seconds, skipped)
+
+
+def _summary(
+    writer: StoreWriter, computed_chunks: int, computed_rows: int, seconds: float, skipped: dict[str, int]
+) -> HarvestSummary:
+    return HarvestSummary(
+        path=writer.path,
+        rows=writer.layout.n_rows,
+        documents=writer.layout.n_documents,
+        contexts=writer.layout.n_contexts,
+        hooks=writer.provenance.hooks,
+        chunks=writer.n_chunks,
+        computed_chunks=computed_chunks,
+        seconds=seconds,
+        tokens_per_second=computed_rows / seconds if computed_rows else 0.0,
+        skipped=skipped,
+    )
+
+
+def _check_space(store: Path, provenance: Provenance, n_chunks: int) -> None:
+    needed = hook_bytes(provenance, n_chunks) * len(provenance.hooks)
+    free = free_bytes(store)
+    if free < needed:
+        raise DiskFull(
+            f"{store}: expected {needed:,} bytes free for {n_chunks:,} chunks of {len(provenance.hooks)} "
+            "hooks in "
+            f"{provenance.dtype}, got {free:,}; free some space, lower --max-tokens or store fewer hooks"
+        )
+
+
+@contextmanager
+def _interruptible(store: Path) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into `Interrupted`, with the way to go on."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    # Only the main thread may set a handler; elsewhere SIGTERM keeps its meaning, and a kill is safe too.
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"{store}: interrupted; finished chunks are kept, run the same command with --resume to go on"
+        ) from error
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
