@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from tcsae.harvest.model import LanguageModel
 from tcsae.store import ActivationStore
 from tcsae.store.errors import (
     ConfigError,
+    Interrupted,
     RunBusy,
     RunNotFound,
     StoreMismatch,
@@ -170,14 +170,14 @@ def test_finished_results_are_kept_and_need_no_model(
     run: Path, neox_store: ActivationStore, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = sorted((evaluation.out / "core").glob("*.json"))
-    before = [os.stat(file).st_mtime_ns for file in files]
+    before = [file.stat().st_mtime_ns for file in files]
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr("tcsae.harvest.model.load_model", refuse)
     again = evaluate(config_of(run, neox_store))
-    assert [os.stat(file).st_mtime_ns for file in files] == before
+    assert [file.stat().st_mtime_ns for file in files] == before
     assert [row.estimates for row in again.rows] == [row.estimates for row in evaluation.rows]
     assert again.comparisons == evaluation.comparisons
 
@@ -185,13 +185,15 @@ def test_finished_results_are_kept_and_need_no_model(
 def test_only_what_is_missing_is_measured_and_it_comes_out_the_same(
     run: Path, neox_store: ActivationStore, evaluation: Evaluation
 ) -> None:
-    kept = os.stat(evaluation.out / "core" / "batchtopk-s0.json").st_mtime_ns
+    kept = (evaluation.out / "core" / "batchtopk-s0.json").stat().st_mtime_ns
     (evaluation.out / "core" / "tc16-s0.json").unlink()
     again = evaluate(config_of(run, neox_store))
-    assert os.stat(evaluation.out / "core" / "batchtopk-s0.json").st_mtime_ns == kept
+    assert (evaluation.out / "core" / "batchtopk-s0.json").stat().st_mtime_ns == kept
     for old, new in zip(evaluation.rows, again.rows, strict=True):
         for name, estimate in old.estimates.items():
-            assert new.estimates[name].value == pytest.approx(estimate.value, rel=1e-5, abs=1e-6)
+            value = new.estimates[name].value
+            assert (value is None) == (estimate.value is None)
+            assert value is None or value == pytest.approx(estimate.value, rel=1e-5, abs=1e-6)
 
 
 def test_other_settings_are_measured_again(
@@ -201,6 +203,22 @@ def test_other_settings_are_measured_again(
     before, after = evaluation.rows[0].estimates, again.rows[0].estimates
     assert after["ce_clean"].n_documents < before["ce_clean"].n_documents
     assert after["explained_variance"] == before["explained_variance"]
+
+
+def test_an_interrupted_evaluation_keeps_what_is_finished_and_says_how_to_go_on(
+    run: Path, neox_store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tcsae.evaluate.core.Replay.add", stop)
+        with pytest.raises(Interrupted, match="run the same command again"):
+            evaluate(config_of(run, neox_store))
+    finished = run.parent / "out" / "temporal" / "tc16-s0.json"
+    before = finished.stat().st_mtime_ns
+    assert len(evaluate(config_of(run, neox_store)).rows) == 2
+    assert finished.stat().st_mtime_ns == before
 
 
 # Refusals ----------------------------------------------------------------------------------------------
@@ -247,7 +265,7 @@ def test_an_sae_with_nan_weights_is_refused(neox: LanguageModel, neox_store: Act
 def test_a_split_without_documents_is_refused(
     run: Path, make_store: StoreFactory, neox: LanguageModel
 ) -> None:
-    store = make_store(torch.randn(60, 16), [30, 30], context_rows=20, **made_by(neox))
+    store = make_store(torch.randn(30, 16), [30], context_rows=20, **made_by(neox))  # its hash says train
     with pytest.raises(StoreMismatch, match="no document in split 'test'"):
         evaluate(config_of(run, store, split="test"))
 

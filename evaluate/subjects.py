@@ -1,0 +1,203 @@
+"""The SAEs that are evaluated: found in folders, loaded, checked against the store, named."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcsae.store.errors import ConfigError, RunNotFound, StoreMismatch, TrainingCollapsed
+from tcsae.store.reader import ActivationStore
+from tcsae.train.sae.inference import SAE
+from tcsae.train.saelens import CONFIG_FILE, load_sae
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """One SAE with its place in an experiment."""
+
+    sae: SAE
+    """raw activations in and out"""
+    name: str
+    """unique in an evaluation; names its files, such as ``tc16-s0``"""
+    arm: str
+    """the kind of SAE, such as ``tc16``"""
+    seed: int | None
+    """of its training, None where nobody said"""
+    settings: Mapping[str, Any]
+    """the arm's settings, empty where unknown"""
+    where: str
+    """folder, for messages"""
+    hook: str
+    """TransformerLens name of the activation that it reads"""
+    digest: str
+    """SHA-256 over the weights and what decides how they are used"""
+
+    @property
+    def alpha(self) -> float | None:
+        """Weight of the contrastive loss it was trained with, None where unknown."""
+        alpha = self.settings.get("alpha")
+        return None if alpha is None else float(alpha)
+
+
+def find_saes(path: Path) -> list[Path]:
+    """The SAE folders at ``path``: itself, or those below ``sae/`` of a run.
+
+    Raises
+    ------
+    RunNotFound
+        neither an SAE folder nor a run that has any
+    """
+    if (path / CONFIG_FILE).is_file():
+        return [path]
+    found = sorted(config.parent for config in (path / "sae").glob(f"*/{CONFIG_FILE}"))
+    if not found:
+        looked = f"{path / CONFIG_FILE} or {path / 'sae' / '*' / CONFIG_FILE}"
+        hint = "finish the run with `tcsae train --resume`" if path.is_dir() else "no such folder"
+        raise RunNotFound(f"{path}: no SAE there: expected {looked}; {hint}")
+    return found
+
+
+def load_subject(folder: Path, store: ActivationStore) -> Subject:
+    """The SAE in ``folder`` as a subject for ``store``; checked by `subject`."""
+    return subject(load_sae(folder), store, where=str(folder))
+
+
+def subject(sae: SAE, store: ActivationStore, *, where: str) -> Subject:
+    """``sae`` as a subject for ``store``. ``where`` names it in messages.
+
+    Raises
+    ------
+    TrainingCollapsed
+        a weight is NaN or infinite
+    StoreMismatch
+        it reads another hook, width or model than the store holds
+    """
+    for name, weight in sae.state_dict().items():
+        n_bad = int((~torch.isfinite(weight)).sum())
+        if n_bad:
+            raise TrainingCollapsed(
+                f"{where}: {name} holds {n_bad} NaN or infinite of {weight.numel()} values; its training "
+                "collapsed, train it again"
+            )
+    ours = sae.metadata.get("tcsae") or {}
+    arm, seed = ours.get("arm"), ours.get("seed")
+    return Subject(
+        sae=sae,
+        name=sae.name,
+        arm=sae.name if arm is None else str(arm),
+        seed=None if seed is None else int(seed),
+        settings=ours.get("recipe") or {},
+        where=where,
+        hook=_matching_hook(sae, store, where),
+        digest=_digest(sae),
+    )
+
+
+def _matching_hook(sae: SAE, store: ActivationStore, where: str) -> str:
+    """The store's hook that ``sae`` reads, after every check that needs no model."""
+    made = store.provenance
+    hook = sae.metadata.get("hook_name")
+    if hook is None:
+        if len(store.hooks) > 1:
+            raise StoreMismatch(
+                f"{where}: does not say which hook it reads, and {store.path} has {', '.join(store.hooks)}; "
+                "put hook_name into its cfg.json"
+            )
+        hook = store.hooks[0]
+    if hook not in store.hooks:
+        raise StoreMismatch(
+            f"{where}: reads hook {hook!r}, but {store.path} holds {', '.join(store.hooks)}; evaluate it on "
+            f"a store harvested with --hook {hook}"
+        )
+    if sae.d_in != store.d_model:
+        raise StoreMismatch(
+            f"{where}: takes activations of {sae.d_in} dimensions, but {store.path} holds {store.d_model}; "
+            "evaluate it on a store of its own model"
+        )
+    ours = sae.metadata.get("tcsae") or {}
+    sha256, model = ours.get("model_sha256"), sae.metadata.get("model_name")
+    if sha256 is not None and sha256 != made.model_sha256:
+        raise StoreMismatch(
+            f"{where}: trained on model {model} with weights {sha256[:12]}…, but {store.path} was made by "
+            f"{made.model} with weights {made.model_sha256[:12]}…; evaluate it on a store of its own model"
+        )
+    if sha256 is None and model is not None and model != made.model:
+        raise StoreMismatch(
+            f"{where}: trained on model {model!r}, but {store.path} was made by {made.model!r}; evaluate it "
+            "on a store of its own model"
+        )
+    return str(hook)
+
+
+def _digest(sae: SAE) -> str:
+    """SHA-256 over everything that changes a figure: weights, non-linearity, block."""
+    digest = hashlib.sha256(repr((sae.architecture, sae.k, sae.block_size)).encode())
+    for name, weight in sorted(sae.state_dict().items()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
+    """The subjects with the run's folder in front of every name that occurs twice.
+
+    Raises
+    ------
+    ConfigError
+        two are still called the same; both folders are named
+    """
+    often = Counter(one.name for one in subjects)
+    named = [
+        replace(one, name=f"{run_of(one)}-{one.name}", arm=f"{run_of(one)}-{one.arm}")
+        if often[one.name] > 1
+        else one
+        for one in subjects
+    ]
+    first: dict[str, Subject] = {}
+    for one in named:
+        other = first.setdefault(one.name, one)
+        if other is not one:
+            raise ConfigError(
+                f"{other.where} and {one.where} are both called {one.name!r}; evaluate them into two folders"
+            )
+        if "/" in one.name or one.name.startswith("."):
+            raise ConfigError(f"{one.where}: {one.name!r} cannot name a file; rename the SAE in its cfg.json")
+    return named
+
+
+def run_of(one: Subject) -> str:
+    """Name of the run's folder, or of the SAE's own folder if it is not in a run."""
+    folder = Path(one.where).resolve()
+    return folder.parent.parent.name if folder.parent.name == "sae" else folder.name
+
+
+def control_of(one: Subject, subjects: Sequence[Subject]) -> Subject | None:
+    """The control of ``one``: same seed, same sizes, same block, but trained with alpha = 0.
+
+    None if ``one`` has no contrast itself, or there is no such SAE among ``subjects``. Of several, one whose
+    other settings are the same comes first, then one of the same run.
+    """
+    if not one.alpha or not one.sae.block_size:
+        return None
+    shape = (one.seed, one.sae.d_sae, one.sae.block_size, one.hook)
+    candidates = [
+        other
+        for other in subjects
+        if other.alpha == 0 and (other.seed, other.sae.d_sae, other.sae.block_size, other.hook) == shape
+    ]
+    ignored = {"name", "explanation", "alpha"}
+
+    def distance(other: Subject) -> tuple[int, bool]:
+        keys = (set(one.settings) | set(other.settings)) - ignored
+        return (
+            sum(one.settings.get(key) != other.settings.get(key) for key in keys),
+            run_of(one) != run_of(other),
+        )
+
+    return min(candidates, key=distance, default=None)

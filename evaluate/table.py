@@ -1,0 +1,121 @@
+"""The results as a table for a terminal of 120 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+
+from tcsae.evaluate.estimates import Estimate
+from tcsae.evaluate.summary import Comparison, Evaluation, Row
+from tcsae.evaluate.temporal import metric_name
+
+WIDTH = 120
+"""Columns that the table never exceeds; long names are cut with an ellipsis."""
+
+TABLE_LAG = 8
+"""Lag, in tokens, of the autocorrelation that the table shows."""
+
+ABSENT = "-"
+
+
+def table(evaluation: Evaluation) -> str:
+    """One line an SAE with 95 % intervals over documents, then one a comparison with a control."""
+    lines = _fitting(evaluation.rows)
+    conditions = evaluation.conditions
+    note = (
+        f"{conditions['n_documents']} {conditions['split']} documents; in brackets 95 % bootstrap intervals over "
+        "them. Loss recovered and KL: model replayed with the SAE spliced in; the rest: stored activations. "
+        f"ac{TABLE_LAG}: mean lag-{TABLE_LAG} autocorrelation of live features, ac{TABLE_LAG} H: of block H."
+    )
+    lines += textwrap.wrap(note, WIDTH)
+    for comparison in evaluation.comparisons:
+        lines.append(_compared(comparison))
+    return "\n".join(line[:WIDTH].rstrip() for line in lines)
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("arm", lambda row: _cut(row.arm, 20)),
+    ("seed", lambda row: ABSENT if row.seed is None else str(row.seed)),
+    ("L0", lambda row: _value(row, "l0", ".1f")),
+    ("L0 H", lambda row: _value(row, "l0_H", ".1f")),
+    ("dead", lambda row: _value(row, "dead_fraction", ".1%")),
+    ("EV", lambda row: _with_interval(row, "explained_variance", ".3f")),
+    ("MSE/d", lambda row: _value(row, "mse_per_dimension", ".3g")),
+    ("loss rec.", lambda row: _with_interval(row, "loss_recovered", ".3f")),
+    ("KL score", lambda row: _value(row, "kl_score", ".3f")),
+    (f"ac{TABLE_LAG}", lambda row: _value(row, metric_name("whole", TABLE_LAG), ".4f")),
+    (f"ac{TABLE_LAG} H", lambda row: _with_interval(row, metric_name("H", TABLE_LAG), ".4f")),
+)
+
+
+_SPARED = ("MSE/d", f"ac{TABLE_LAG}", "L0 H")
+"""Columns left out, in this order, where the table would be too wide."""
+
+
+def _fitting(rows: Sequence[Row]) -> list[str]:
+    """The aligned table without as many of `_SPARED` as it takes to fit."""
+    for n_spared in range(len(_SPARED) + 1):
+        columns = [column for column in _COLUMNS if column[0] not in _SPARED[:n_spared]]
+        lines = _aligned(
+            [[head for head, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
+        )
+        if max(map(len, lines)) <= WIDTH:
+            break
+    return lines
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _value(row: Row, metric: str, form: str) -> str:
+    estimate = row.estimates.get(metric)
+    return ABSENT if estimate is None or estimate.value is None else format(estimate.value, form)
+
+
+def _with_interval(row: Row, metric: str, form: str) -> str:
+    estimate = row.estimates.get(metric)
+    return ABSENT if estimate is None else _figure(estimate, form)
+
+
+def _figure(estimate: Estimate, form: str) -> str:
+    """``0.785 [.779, .791]``; the leading zero of the ends is left out to save room.
+
+    >>> _figure(Estimate("ev", "1", 0.5, -0.25, 0.75, 9, "bca", None), ".2f")
+    '0.50 [-.25,.75]'
+    """
+    if estimate.value is None:
+        return ABSENT
+    if estimate.low is None or estimate.high is None:
+        return format(estimate.value, form)
+    ends = [format(end, form) for end in (estimate.low, estimate.high)]
+    short = [end.replace("0.", ".", 1) if end.lstrip("-").startswith("0.") else end for end in ends]
+    return f"{format(estimate.value, form)} [{','.join(short)}]"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines: first column to the left, others to the right, empty columns left out."""
+    used = [
+        at
+        for at in range(len(rows[0]))
+        if at == 0 or len(rows) == 1 or any(row[at] != ABSENT for row in rows[1:])
+    ]
+    widths = {at: max(len(row[at]) for row in rows) for at in used}
+    lines = [
+        "  ".join(row[at].ljust(widths[at]) if at == 0 else row[at].rjust(widths[at]) for at in used)
+        for row in rows
+    ]
+    return [lines[0], "─" * max(map(len, lines)), *lines[1:]]
+
+
+def _compared(comparison: Comparison) -> str:
+    metric = metric_name("H", TABLE_LAG)
+    head = f"{_cut(comparison.sae, 24)} against {_cut(comparison.control, 24)}: ac{TABLE_LAG} of H "
+    ratio = comparison.estimates.get(f"{metric}_ratio")
+    difference = comparison.estimates.get(f"{metric}_difference")
+    parts = []
+    if ratio is not None and ratio.value is not None:
+        parts.append(f"ratio {_figure(ratio, '.1f')}")
+    if difference is not None and difference.value is not None:
+        parts.append(f"difference {_figure(difference, '.4f')}")
+    return head + (", ".join(parts) or ABSENT)

@@ -1,0 +1,89 @@
+"""What is shown: the terminal's table and the bars of final_metrics.png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tcsae.evaluate.estimates import Draws, Estimate
+from tcsae.evaluate.plots import OKABE_ITO, PANELS, bars_of, final_metrics
+from tcsae.evaluate.summary import Evaluation, Row
+from tcsae.evaluate.table import WIDTH, table
+
+
+def a_row(arm: str, seed: int, value: float, spread: float = 0.02) -> Row:
+    draws = value + spread * np.linspace(-1, 1, 201)
+    names = {
+        "l0": value * 40,
+        "l0_H": value * 8,
+        "dead_fraction": 0.0312,
+        "explained_variance": value,
+        "mse_per_dimension": 5.5,
+        "loss_recovered": 0.91,
+        "kl_sae": 0.3,
+        "kl_score": 0.95,
+        "autocorrelation_whole_lag8": 0.0213,
+        "autocorrelation_H_lag8": 0.1234,
+    }
+    estimates = {
+        name: Estimate(name, "1", v, v - spread, v + spread, 127, "bca", None) for name, v in names.items()
+    }
+    kept = {"explained_variance": Draws(value, draws, value + np.array([-0.001, 0.001]))}
+    return Row(f"{arm}-s{seed}", arm, seed, 6, estimates, kept)
+
+
+def evaluation_of(*rows: Row) -> Evaluation:
+    return Evaluation(Path("out"), rows, (), {"n_documents": 127, "split": "test"}, None)
+
+
+def test_columns_are_aligned_and_fit_however_long_the_names() -> None:
+    text = table(
+        evaluation_of(a_row("batchtopk", 0, 0.78), a_row("a-very-long-name-of-an-arm-" * 3, 11, 0.5))
+    )
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert lines[-1].endswith("of block H.")
+    assert len({len(line) for line in lines[:1] + lines[2:4]}) == 1
+    assert "0.780 [.760,.800]" in lines[2]
+    assert "0.1234 [.1034,.1434]" in lines[2]
+    assert "a-very-long-name-of…" in lines[3]
+
+
+def test_what_is_missing_is_a_dash_and_a_column_of_dashes_is_left_out() -> None:
+    row = a_row("plain", 0, 0.5)
+    del row.estimates["autocorrelation_H_lag8"]
+    other = a_row("other", 1, 0.6)
+    assert table(evaluation_of(row, other)).splitlines()[2].endswith("-")
+    del other.estimates["autocorrelation_H_lag8"]
+    assert "ac8 H" not in table(evaluation_of(row, other)).splitlines()[0]
+
+
+def test_seeds_of_an_arm_make_one_bar_whose_interval_is_that_of_their_mean() -> None:
+    bars = bars_of(
+        [a_row("tc16", 0, 0.7), a_row("base", 0, 0.8), a_row("tc16", 1, 0.5)], "explained_variance"
+    )
+    assert [bar.arm for bar in bars] == ["tc16", "base"]
+    assert bars[0].value == pytest.approx(0.6)
+    assert bars[0].seeds == (0.7, 0.5)
+    # draws of the mean run evenly over 0.6 +- 0.02: their central 95 % is 0.6 +- 0.019
+    assert (bars[0].low, bars[0].high) == (pytest.approx(0.581), pytest.approx(0.619))
+
+
+def test_an_arm_whose_figure_is_undefined_has_no_bar() -> None:
+    row = a_row("broken", 0, 0.7)
+    row.estimates["explained_variance"] = Estimate.count("explained_variance", "1", None, 9, "undefined")
+    assert bars_of([row], "explained_variance") == []
+
+
+def test_the_panels_are_those_of_the_source_document() -> None:
+    assert [panel.title for panel in PANELS] == ["Explained Variance", "Mean Squared Error", "KL Divergence"]
+    assert len(set(OKABE_ITO)) == 8
+
+
+@pytest.mark.parametrize("value", [0.8, -3.5], ids=["an ordinary SAE", "worse than the source's range"])
+def test_the_figure_is_drawn_for_many_arms_and_odd_values(tmp_path: Path, value: float) -> None:
+    rows = [a_row(f"arm-with-a-long-name-{i}", s, value + i / 50) for i in range(9) for s in (0, 1)]
+    final_metrics(rows, tmp_path / "final_metrics.png", "caption")
+    assert (tmp_path / "final_metrics.png").stat().st_size > 10_000
