@@ -60,8 +60,9 @@ def test_an_epoch_holds_as_many_windows_as_fit_each_once_and_none_leaves_its_con
 
 
 def test_random_phases_reach_every_token_of_the_train_split_over_epochs(numbered: ActivationStore) -> None:
-    one = loader(numbered, batch_tokens=8)
-    seen = {row for _ in range(60 * one.windows_per_epoch) for row in one.next().token.tolist()}
+    one = loader(numbered)
+    n_batches = 60 * one.windows_per_epoch // one.windows_per_batch
+    seen = {row for _ in range(n_batches) for row in one.next().token.tolist()}
     lengths = np.diff(numbered.context_offsets)
     fits = [c for c in numbered.contexts_in("train") if lengths[c] >= 8]
     every = {r for c in fits for r in range(numbered.context_offsets[c], numbered.context_offsets[c + 1])}
@@ -104,8 +105,8 @@ def test_only_train_documents_are_read(numbered: ActivationStore) -> None:
 
 
 def test_rows_are_normalised_to_mean_zero_and_square_norm_d_model(numbered: ActivationStore) -> None:
-    one = loader(numbered, batch_tokens=8)
-    x = torch.cat([one.next().x for _ in range(20 * one.windows_per_epoch)]).double()
+    one = loader(numbered)
+    x = torch.cat([one.next().x for _ in range(100)]).double()
     assert x.mean(dim=0).abs().max() < 0.1
     assert x.square().sum(dim=1).mean().item() == pytest.approx(4, rel=0.1)
 

@@ -29,8 +29,8 @@ from tcsae.store.errors import (
 from tcsae.train import ArmConfig, Run, TrainConfig, dry_run, load_config, load_sae, train
 from tcsae.train.arm import Arm
 from tcsae.train.batches import Rows
-from tcsae.train.loop import Training
 from tcsae.train.plots import plot_training
+from tcsae.train.training import Training
 
 CPU = torch.device("cpu")
 ConfigFactory = Callable[..., TrainConfig]

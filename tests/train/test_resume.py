@@ -16,8 +16,9 @@ from tcsae.store import ActivationStore
 from tcsae.store.errors import RunError, RunMismatch
 from tcsae.train import TrainConfig, train
 from tcsae.train.checkpoint import checkpoints, load_checkpoint
-from tcsae.train.loop import Training, choose_device
+from tcsae.train.loop import choose_device
 from tcsae.train.settings import to_toml
+from tcsae.train.training import Training
 
 TRAIN = """
 import sys, torch

@@ -1,0 +1,114 @@
+"""Everything a run needs to go on bit-exactly, in one safetensors file without pickle.
+
+Tensors carry weights, optimisers, counters, thresholds, the ring and the tables so far; a JSON object in the
+file's header carries the step, the loader's place, the configuration and the store. Being one file, a
+checkpoint is there whole or not at all. Random numbers need no state: they are a function of seed and step
+(`tcsae.train.batches.random_stream`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tcsae.store.atomic import partial_file
+from tcsae.store.errors import RunError, RunMismatch
+from tcsae.train.arm import Arm
+
+FOLDER = "checkpoints"
+VERSION = 1
+KEPT = 2
+"""checkpoints that stay: should the newest be damaged on disk, there is the one before"""
+
+
+class Checkpoint(NamedTuple):
+    """The state after ``step`` steps."""
+
+    step: int
+    facts: dict[str, Any]
+    """JSON values: configuration, store, loader, collapse counters"""
+    tensors: dict[str, Tensor]
+
+
+def save_checkpoint(run: Path, step: int, facts: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write the checkpoint after ``step`` steps, then delete all but the newest `KEPT`."""
+    path = run / FOLDER / f"step-{step:08d}.safetensors"
+    header = {"tcsae": json.dumps({"version": VERSION, "step": step, **facts})}
+    with partial_file(path) as beside:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, header)
+    for old in checkpoints(run)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted((run / FOLDER).glob("step-*.safetensors"))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises
+    ------
+    RunError
+        the file is damaged
+    RunMismatch
+        another version of tcsae wrote it in another form
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["tcsae"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunError(
+            f"{path}: cannot be read ({error}); delete it and resume from the checkpoint before"
+        ) from error
+    if facts["version"] != VERSION:
+        raise RunMismatch(f"{path}: version {facts['version']}, this tcsae reads {VERSION}; upgrade tcsae")
+    return Checkpoint(facts["step"], facts, tensors)
+
+
+def arm_tensors(arms: Sequence[Arm]) -> dict[str, Tensor]:
+    """Weights, thresholds, dead counters and optimiser of each arm, by name."""
+    tensors: dict[str, Tensor] = {}
+    for arm in arms:
+        for name, tensor in arm.sae.state_dict().items():
+            tensors[f"{arm.name}/sae/{name}"] = tensor
+        for name, parameter in arm.sae.named_parameters():
+            for key, value in arm.optimizer.state[parameter].items():
+                tensors[f"{arm.name}/optimizer/{name}/{key}"] = value
+    return tensors
+
+
+def restore_arms(arms: Sequence[Arm], tensors: dict[str, Tensor]) -> None:
+    """Put what `arm_tensors` returned back into ``arms`` of the same configuration."""
+    for arm in arms:
+        prefix = f"{arm.name}/sae/"
+        arm.sae.load_state_dict(
+            {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+        )
+        for name, parameter in arm.sae.named_parameters():
+            prefix = f"{arm.name}/optimizer/{name}/"
+            arm.optimizer.state[parameter] = {
+                key[len(prefix) :]: value.to(parameter.device)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+
+
+def as_tensor(content: bytes) -> Tensor:
+    """Bytes as a tensor, for a checkpoint."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """What `as_tensor` was given."""
+    return tensor.numpy().tobytes()

@@ -1,0 +1,50 @@
+"""What a run would take, without writing anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+from tcsae.store import ActivationStore
+from tcsae.train.config import TrainConfig
+from tcsae.train.loop import choose_device
+from tcsae.train.training import Training, peak_memory, timed_steps
+
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """Size and estimated cost of a run."""
+
+    saes: list[str]
+    """names of the SAEs that would be trained"""
+    parameters: int
+    """of all of them together"""
+    steps: int
+    tokens: int
+    """that would be trained on: whole batches"""
+    epochs: float
+    """passes over the train split's windows"""
+    memory_bytes: int
+    """this process's peak after a few steps, which later ones do not exceed by much"""
+    seconds_per_step: float
+    seconds: float
+    """of all steps; finishing adds a few seconds"""
+
+
+def dry_run(store: ActivationStore, config: TrainConfig, *, device: str = "auto") -> DryRun:
+    """Check ``config`` against ``store`` and time a few steps; writes nothing. Raises what `train` would."""
+    training = Training(store, config, choose_device(device))
+    seconds = median(timed_steps(training, TIMED_STEPS))
+    tokens = config.steps * config.batch_tokens
+    return DryRun(
+        saes=[arm.name for arm in training.arms],
+        parameters=sum(p.numel() for arm in training.arms for p in arm.sae.parameters()),
+        steps=config.steps,
+        tokens=tokens,
+        epochs=tokens / training.loader.tokens_per_epoch,
+        memory_bytes=peak_memory(),
+        seconds_per_step=seconds,
+        seconds=seconds * config.steps,
+    )

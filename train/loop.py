@@ -1,0 +1,96 @@
+"""Training a run: what is checked, written and resumed around the steps."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from tcsae.store import ActivationStore
+from tcsae.store.errors import ConfigError
+from tcsae.train.checkpoint import checkpoints, load_checkpoint
+from tcsae.train.config import TrainConfig
+from tcsae.train.interrupt import stop_on_signal
+from tcsae.train.run import CONFIG_FILE, Run, run_facts, set_status, writing
+from tcsae.train.settings import load_config
+from tcsae.train.training import Training
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    store: ActivationStore,
+    run: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+) -> Run:
+    """Train every arm of ``config`` with every seed on ``store`` and write the run folder.
+
+    Parameters
+    ----------
+    store
+        activations; only the documents of its train split are read
+    run
+        folder that is made, or gone on with
+    config
+        arms, seeds, token budget; may be left out when resuming, which then takes the run's own
+    resume
+        go on from the newest checkpoint of a run that was begun with the same store and configuration: the
+        result is bit for bit that of an uninterrupted run on the same machine and number of threads. A
+        finished run is returned as it is.
+    device
+        "auto" (a GPU if there is one), or a torch device
+
+    Returns
+    -------
+    the finished run: `Run.saes`, `Run.metrics`, `Run.figure`
+
+    Raises
+    ------
+    ConfigError
+        before the first step: a schedule that the token budget cannot complete, a batch larger than the
+        train split, a window longer than every context
+    TrainingCollapsed
+        a loss is not finite, no feature is active, or nearly all are dead for ``collapse_steps`` steps
+    Interrupted
+        Ctrl-C or SIGTERM; the state is saved
+    RunExists, RunNotFound, RunMismatch, RunBusy
+        see `tcsae.train.run.writing`
+    """
+    path = Path(run)
+    if config is None:
+        if not resume:
+            raise ConfigError("config: a new run needs one; only --resume can do without")
+        run_facts(path)
+        config = load_config(path / CONFIG_FILE)
+    training = Training(store, config, choose_device(device))
+    with writing(path, store, config, resume=resume):
+        if resume and Run.open(path).status == "finished":
+            log.info("%s: already finished", path)
+            return Run.open(path)
+        saved = checkpoints(path)
+        if saved:
+            training.restore(load_checkpoint(saved[-1]))
+        tokens, epoch = config.steps * config.batch_tokens, training.loader.tokens_per_epoch
+        if tokens > epoch:
+            log.info("%d tokens are %.1f epochs of %d, each in a new order", tokens, tokens / epoch, epoch)
+        with stop_on_signal() as stop:
+            set_status(path, store, config, "running", training.done)
+            training.run(path, stop)
+            training.finish(path)
+        return Run.open(path)
+
+
+def choose_device(device: str) -> torch.device:
+    """A torch device by name; "auto" takes a GPU if there is one. Raises `ConfigError` if it is absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device: {device!r} cannot be used ({reason}); try --device cpu") from error
+    return torch.device(device)

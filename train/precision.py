@@ -1,0 +1,47 @@
+"""The dense products of the encoder, in the precision that pays on the hardware at hand."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tcsae.train.config import Precision
+
+
+@runtime_checkable
+class Linear(Protocol):
+    """``x @ W.T + b`` in float32; into ``out`` where given, which then must not need a gradient."""
+
+    def __call__(self, x: Tensor, W: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor: ...
+
+
+def float32_linear(x: Tensor, W: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The product in the inputs' own precision."""
+    return linear(x, W, b) if out is None else torch.addmm(b, x, W.T, out=out)
+
+
+def bfloat16_linear(x: Tensor, W: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The product of bfloat16 roundings, accumulated by the hardware, with a float32 result."""
+    product = linear(x.bfloat16(), W.bfloat16()).float() + b
+    return product if out is None else out.copy_(product)
+
+
+def linear_for(precision: Precision, device: torch.device) -> Linear:
+    """The product to use; ``auto`` takes bfloat16 only where the hardware multiplies it fast.
+
+    A CPU without AMX or AVX-512-BF16 emulates it, a hundred times slower than float32.
+    """
+    if precision == "auto":
+        return bfloat16_linear if _fast_bfloat16(device) else float32_linear
+    return bfloat16_linear if precision == "bfloat16" else float32_linear
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )

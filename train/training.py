@@ -1,0 +1,276 @@
+"""The training loop: every arm and seed side by side in one pass over a store."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tcsae.store import ActivationStore
+from tcsae.store.errors import ConfigError, Interrupted, RunMismatch, TrainingCollapsed
+from tcsae.store.progress import progress
+from tcsae.store.spec import TORCH_DTYPES
+from tcsae.train.arm import Arm, Surroundings
+from tcsae.train.batches import PAIRS, Rows, WindowLoader, random_stream
+from tcsae.train.checkpoint import (
+    Checkpoint,
+    arm_tensors,
+    as_bytes,
+    as_tensor,
+    checkpoints,
+    restore_arms,
+    save_checkpoint,
+)
+from tcsae.train.collapse import CollapseWatch
+from tcsae.train.config import TrainConfig
+from tcsae.train.interrupt import Stop
+from tcsae.train.metrics import MACHINE, MACHINE_FILE, METRICS, METRICS_FILE, Log
+from tcsae.train.pairs import Pairs, sample_pairs
+from tcsae.train.plots import plot_training
+from tcsae.train.precision import linear_for
+from tcsae.train.ring import Ring
+from tcsae.train.run import FIGURE_FILE, SAE_FOLDER, set_status
+from tcsae.train.saelens import save_sae
+from tcsae.train.schedule import check_schedule
+
+CALIBRATION_BATCHES = 16
+"""batches of train tokens over which the final thresholds are a quantile"""
+
+
+class Training:
+    """The state of a run in memory; nothing on disk is touched before `run`."""
+
+    def __init__(self, store: ActivationStore, config: TrainConfig, device: torch.device) -> None:
+        self.store, self.config = store, config
+        if config.steps == 0:
+            raise ConfigError(
+                f"tokens: {config.tokens} is less than one batch of {config.batch_tokens}; raise tokens or "
+                "lower batch_tokens"
+            )
+        for arm in config.arms:
+            check_schedule(arm, config.steps)
+        self.loader = WindowLoader(
+            store,
+            config.hook,
+            window=config.window,
+            batch_tokens=config.batch_tokens,
+            seed=config.data_seed,
+            min_position=config.min_position,
+            device=device,
+        )
+        self.arms = [Arm(arm, seed, store.d_model, device) for arm in config.arms for seed in config.seeds]
+        self.ring = Ring(config.ring_size, store.d_model, TORCH_DTYPES[store.provenance.dtype], device)
+        widest = max(arm.features(store.d_model) for arm in config.arms)
+        self.around = Surroundings(
+            scaler=self.loader.scaler,
+            ring=self.ring,
+            linear=linear_for(config.precision, device),
+            buffer=torch.empty(config.batch_tokens * widest, device=device),
+            steps=config.steps,
+        )
+        self.done = 0
+        self.metrics, self.machine = Log(METRICS), Log(MACHINE)
+        self._watch = CollapseWatch(config.collapse_steps)
+        self._last_logged = (0, time.perf_counter())
+
+    def run(self, folder: Path, stop: Stop) -> None:
+        """All remaining steps, with a checkpoint after the last."""
+        config = self.config
+        with progress(
+            config.steps * config.batch_tokens, "token", "train", self.done * config.batch_tokens
+        ) as bar:
+            self._last_logged = (self.done, time.perf_counter())
+            while self.done < config.steps:
+                nth = self.done + 1
+                detailed = nth == 1 or nth % config.log_every == 0 or nth == config.steps
+                terms = self.step(detailed=detailed)
+                self._check_collapse(folder, terms)
+                if detailed:
+                    bar.set_postfix_str(summary(terms), refresh=False)
+                bar.update(config.batch_tokens)
+                if self.done % config.checkpoint_every == 0 or self.done == config.steps or stop.requested:
+                    self.save(folder)
+                if stop.requested and self.done < config.steps:
+                    set_status(folder, self.store, config, "interrupted", self.done)
+                    raise Interrupted(
+                        f"{folder}: stopped by {stop.requested} after step {self.done} of "
+                        f"{config.steps}; the state is saved, go on with "
+                        f"`tcsae train {self.store.path} {folder} --resume`"
+                    )
+
+    def step(self, *, detailed: bool) -> dict[str, dict[str, Any]]:
+        """One step of every arm on the same batch; the terms of each by name, logged if ``detailed``."""
+        config, step = self.config, self.done
+        batch = self.loader.next()
+        terms = {}
+        for arm in self.arms:
+            terms[arm.name] = arm.step(
+                batch, self._pairs(arm, batch, step), self.around, step, detailed=detailed
+            )
+        # After the loss: no positive is among the keys of its own step.
+        self.feed(step, config.ring_feed)
+        self.done += 1
+        if detailed:
+            self._log(terms)
+        return terms
+
+    def feed(self, step: int, n: int) -> None:
+        """Push ``n`` random eligible activations of the train split into the ring."""
+        rows = self.loader.ring_rows(step, n)
+        eligible = np.flatnonzero(rows.eligible)[:n]
+        device = rows.raw.device
+        document, position, source = (
+            torch.from_numpy(values[eligible]).to(device)
+            for values in (rows.document, rows.position, rows.source)
+        )
+        self.ring.push(rows.raw[torch.from_numpy(eligible).to(device)], document, position, source)
+
+    def save(self, folder: Path) -> Path:
+        """Write metrics so far and a checkpoint."""
+        self.metrics.write(folder / METRICS_FILE)
+        self.machine.write(folder / MACHINE_FILE)
+        tensors = arm_tensors(self.arms)
+        tensors |= {f"ring/{name}": value for name, value in self.ring.state_dict().items()}
+        tensors |= {
+            "metrics": as_tensor(self.metrics.to_bytes()),
+            "machine": as_tensor(self.machine.to_bytes()),
+        }
+        facts = {
+            "store": self.store.id,
+            "config": _as_json(self.config),
+            "loader": self.loader.state_dict(),
+            "nearly_dead": self._watch.nearly_dead,
+        }
+        return save_checkpoint(folder, self.done, facts, tensors)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on from a checkpoint; raises `RunMismatch` if it is of another store or configuration."""
+        if saved.facts["store"] != self.store.id:
+            raise RunMismatch(f"the checkpoint is of store {saved.facts['store']}, not of {self.store.id}")
+        mine = _as_json(self.config)
+        differing = [name for name, value in saved.facts["config"].items() if value != mine.get(name)]
+        if differing:
+            raise RunMismatch(f"the checkpoint was made with another {', '.join(differing)}")
+        restore_arms(self.arms, saved.tensors)
+        self.ring.load_state_dict(
+            {n.removeprefix("ring/"): t for n, t in saved.tensors.items() if n.startswith("ring/")}
+        )
+        self.metrics.restore(as_bytes(saved.tensors["metrics"]))
+        self.machine.restore(as_bytes(saved.tensors["machine"]))
+        self.loader.load_state_dict(saved.facts["loader"])
+        self._watch.nearly_dead = saved.facts["nearly_dead"]
+        self.done = saved.step
+
+    def finish(self, folder: Path) -> None:
+        """Calibrate the thresholds on train tokens, write the SAEs and the figure."""
+        calibration = [self._valid_rows(self.loader.next()) for _ in range(CALIBRATION_BATCHES)]
+        for arm in self.arms:
+            arm.sae.calibrate(calibration, self.around.linear)
+            sae = arm.sae.to_inference(self.loader.scaler, name=arm.name, metadata=self._metadata(arm))
+            save_sae(sae, folder / SAE_FOLDER / arm.name)
+        plot_training(folder / METRICS_FILE, folder / FIGURE_FILE)
+        set_status(folder, self.store, self.config, "finished", self.done)
+
+    def _valid_rows(self, batch: Rows) -> Tensor:
+        return batch.x[batch.valid]
+
+    def _pairs(self, arm: Arm, batch: Rows, step: int) -> Pairs:
+        """The same for all arms of one window and number of anchors."""
+        stream = random_stream(self.config.data_seed, PAIRS, step)
+        return sample_pairs(batch.token, batch.eligible, arm.config.window, arm.config.anchors, stream)
+
+    def _metadata(self, arm: Arm) -> dict[str, Any]:
+        """What the SAE's cfg.json says of its origin: SAELens' fields, then ours."""
+        made, config = self.store.provenance, self.config
+        return {
+            "model_name": made.model,
+            "hook_name": config.hook or made.hooks[0],
+            "context_size": made.context_length,
+            "prepend_bos": made.bos_token_id is not None,
+            "tcsae": {
+                "arm": arm.config.name,
+                "seed": arm.seed,
+                "store": self.store.id,
+                "model_sha256": made.model_sha256,
+                "corpus": made.corpus,
+                "scale": self.loader.scaler.scale,
+                "steps": config.steps,
+                "tokens": config.steps * config.batch_tokens,
+                "recipe": asdict(arm.config),
+            },
+        }
+
+    def _log(self, terms: dict[str, dict[str, Any]]) -> None:
+        config = self.config
+        for arm in self.arms:
+            self.metrics.add(
+                step=self.done,
+                tokens=self.done * config.batch_tokens,
+                epoch=self.loader.epoch,
+                arm=arm.config.name,
+                seed=arm.seed,
+                **terms[arm.name],
+            )
+        (step, then), now = self._last_logged, time.perf_counter()
+        self.machine.add(
+            step=self.done,
+            tokens_per_second=(self.done - step) * config.batch_tokens / (now - then),
+            memory_bytes=peak_memory(),
+        )
+        self._last_logged = (self.done, now)
+
+    def _check_collapse(self, folder: Path, terms: dict[str, dict[str, Any]]) -> None:
+        problem = self._watch.problem(terms, self.done)
+        if problem is None:
+            return
+        self.metrics.write(folder / METRICS_FILE)
+        set_status(folder, self.store, self.config, "collapsed", self.done)
+        saved = checkpoints(folder)
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise TrainingCollapsed(f"{problem}; {last}")
+
+
+def summary(terms: dict[str, dict[str, Any]]) -> str:
+    """The progress bar's right end: explained variance, L0, dead share and InfoNCE accuracy of each arm.
+
+    >>> summary({"tc16-s0": {"fvu": 0.25, "l0": 32.0, "dead_share": 0.01, "accuracy": 0.05}})
+    'tc16-s0 EV 0.750 L0 32.0 dead 1.0% acc 5.0%'
+    """
+    return " | ".join(_summary(name, found) for name, found in terms.items())
+
+
+def _summary(name: str, found: dict[str, Any]) -> str:
+    shown = f"{name} EV {1 - found['fvu']:.3f} L0 {found['l0']:.1f} dead {found['dead_share']:.1%}"
+    return shown if math.isnan(found["accuracy"]) else f"{shown} acc {found['accuracy']:.1%}"
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed_steps(training: Training, n: int) -> Iterator[float]:
+    """Seconds of each of ``n`` ordinary steps with a full ring, after one to warm up; alters ``training``."""
+    ring = training.ring
+    for i in range(-(-ring.size // training.config.ring_feed)):
+        training.feed(training.config.steps + i, training.config.ring_feed)
+    training.step(detailed=False)
+    for _ in range(n):
+        began = time.perf_counter()
+        training.step(detailed=False)
+        yield time.perf_counter() - began
+
+
+def _as_json(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as it comes back from JSON: tuples are lists."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return values
