@@ -9,11 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+# Before torch is loaded: spinning threads halve the speed when another process takes part of a core
+# (docs/decisions/004).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from tcsae.store.errors import ConfigError, Interrupted, StoreCorrupt, TcsaeError
 
@@ -28,7 +33,9 @@ app = typer.Typer(
     help="Temporal contrastive sparse autoencoders: harvest a language model's activations in token order, "
     "train SAEs on them, evaluate them in the model.",
 )
-store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at an activation store.")
+store_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at, check, copy and describe a store."
+)
 app.add_typer(store_app, name="store")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
@@ -75,6 +82,8 @@ def harvest(
     precision: Annotated[str, typer.Option(help="float32 or bfloat16: of the forward pass.")] = "float32",
     max_tokens: Annotated[int | None, typer.Option(help="Stop at the document that would go beyond.")] = None,
     rows_per_chunk: Annotated[int, typer.Option(help="Rows of a chunk file, the unit of resuming.")] = 16384,
+    workers: Annotated[int, typer.Option(help="Processes that compute chunks, each with its own model.")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler instead.")] = None,
     device: DeviceOption = "auto",
     resume: ResumeOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
@@ -97,13 +106,15 @@ def harvest(
         rows_per_chunk=rows_per_chunk,
         resume=resume,
         device=device,
+        workers=workers,
+        scheduler=scheduler,
     )
     _print(plan(config) if dry_run else run(config), as_json)
 
 
 @app.command(epilog="Example: tcsae train acts.zarr run --recipe block --recipe tc16 --tokens 1000000")
 def train(
-    store: Annotated[Path, typer.Argument(help="A finished activation store.")],
+    store: Annotated[str, typer.Argument(help="A finished store: a folder or a URL.")],
     run: Annotated[Path, typer.Argument(help="Folder of the run, to be created.")],
     recipe: Annotated[
         list[str] | None, typer.Option(help="An arm by name; repeat. See tcsae recipes.")
@@ -129,6 +140,11 @@ def train(
     from tcsae.train import dry_run as plan
     from tcsae.train import train as fit
 
+    named = recipe or config or settings or tokens or seeds
+    if resume and not named and not dry_run:
+        # the run's own configuration, which is what the message of an interrupted run asks for
+        _print(fit(ActivationStore.open(store), run, resume=True, device=device), as_json)
+        return
     asked = _train_config(recipe or [], config, settings or [], tokens, seeds)
     opened = ActivationStore.open(store)
     if dry_run:
@@ -197,7 +213,8 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe, in full
 
 @store_app.command(epilog="Example: tcsae store info acts.zarr")
 def info(
-    store: Annotated[Path, typer.Argument(help="A finished activation store.")], as_json: JsonOption = False
+    store: Annotated[str, typer.Argument(help="A finished store: a folder or a URL.")],
+    as_json: JsonOption = False,
 ) -> None:
     """Say what a store holds: model, corpus, rows, documents, hooks and their norms."""
     from tcsae.store import describe
@@ -207,7 +224,7 @@ def info(
 
 @store_app.command(epilog="Example: tcsae store verify acts.zarr --workers 2")
 def verify(
-    store: Annotated[Path, typer.Argument(help="A finished activation store.")],
+    store: Annotated[str, typer.Argument(help="A finished store: a folder or a URL.")],
     workers: Annotated[int, typer.Option(help="Processes that read chunks.")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler instead.")] = None,
     as_json: JsonOption = False,
@@ -224,6 +241,59 @@ def verify(
         raise StoreCorrupt(f"{store}: {len(found.problems)} problems in {found.chunks} chunks")
     if not as_json:
         typer.echo(f"{store}: {found.chunks} chunks, {found.rows:,} rows: as it says")
+
+
+@store_app.command(
+    epilog="Example: tcsae store copy acts.zarr s3://lab/acts.zarr --compress uniform --resume"
+)
+def copy(
+    src: Annotated[str, typer.Argument(help="A finished store: a folder or a URL (s3://, http://, ...).")],
+    dst: Annotated[str, typer.Argument(help="Where to: a folder or a URL (not http).")],
+    hook: Annotated[list[str] | None, typer.Option(help="Only this hook; repeat for several.")] = None,
+    documents: Annotated[
+        str | None, typer.Option(help="Only documents A:B, B not included.", metavar="A:B")
+    ] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="Only rows A:B, widened to whole documents.", metavar="A:B")
+    ] = None,
+    compress: Annotated[
+        str | None,
+        typer.Option(help="lossless, int8 (about 2 x), uniform (about 3.5 x), or raw; as it is if left out."),
+    ] = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy a store, whole or in part, verified at the far end before it counts as complete."""
+    from tcsae.store.copy import copy_store
+
+    _print(
+        copy_store(
+            src,
+            dst,
+            hooks=tuple(hook) if hook else None,
+            documents=_span("--documents", documents),
+            rows=_span("--rows", rows),
+            codec=compress,
+            resume=resume,
+        ),
+        as_json,
+    )
+
+
+@store_app.command(epilog="Example: tcsae store card acts.zarr --out acts.zarr/README.md")
+def card(
+    store: Annotated[str, typer.Argument(help="A finished store: a folder or a URL.")],
+    out: Annotated[Path | None, typer.Option(help="File to write; stdout if left out.")] = None,
+) -> None:
+    """Write the README.md of a store: what it is, from what it was made, how to read it."""
+    from tcsae.store.atomic import write_atomically
+    from tcsae.store.card import write_card
+
+    text = write_card(store)
+    if out is None:
+        typer.echo(text.rstrip())
+    else:
+        write_atomically(out, text.encode())
 
 
 @app.command(epilog="Example: tcsae demo demo")
@@ -295,6 +365,17 @@ def _train_config(
             raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
         pairs[key.strip()] = value.strip()
     return with_settings(config, pairs)
+
+
+def _span(option: str, given: str | None) -> tuple[int, int] | None:
+    """A:B as two numbers."""
+    if given is None:
+        return None
+    try:
+        start, stop = map(int, given.split(":"))
+    except ValueError:
+        raise ConfigError(f"{option}: expected A:B, two whole numbers, got {given!r}") from None
+    return start, stop
 
 
 def _print(result: Any, as_json: bool) -> None:

@@ -10,6 +10,7 @@ ratio to the line that it is held against. The page cache is warm: this is about
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -80,13 +81,22 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def table(title: str, cases: dict[str, Callable[[], object]], amount: float, unit: str, rounds: int) -> None:
-    """Print the median rate of each case and its ratio to the first one."""
+def table(
+    title: str,
+    cases: dict[str, Callable[[], object]],
+    amount: float,
+    unit: str,
+    rounds: int,
+    between: Callable[[], object] = lambda: None,
+) -> None:
+    """Print the median rate of each case and its ratio to the first one; ``between`` is not measured."""
     for work in cases.values():
+        between()
         work()
     seconds = {name: [] for name in cases}
     for _ in range(rounds):
         for name, work in cases.items():
+            between()
             seconds[name].append(timed(work))
     base = statistics.median(next(iter(seconds.values())))
     print(f"\n{title}")
@@ -144,7 +154,8 @@ def reading(folder: Path, n_rows: int, d_model: int, rounds: int) -> None:
             "plain memory map of a flat file": lambda: [
                 np.copyto(out.numpy(), flat[s : s + batch]) for s in starts
             ],
-            "tcsae": lambda: [out.copy_(store.rows(s, s + batch)) for s in starts],
+            # copied by numpy as well: torch's own copy is threaded, and stalls while another job has the cores
+            "tcsae": lambda: [np.copyto(out.numpy(), store.rows(s, s + batch).numpy()) for s in starts],
             "zarr-python": lambda: [np.copyto(out.numpy(), plain[s : s + batch]) for s in starts],
             "SAELens' path": lambda: [peer[s // 128 : (s + batch) // 128][HOOK] for s in starts],
         },
@@ -187,21 +198,24 @@ def reading(folder: Path, n_rows: int, d_model: int, rounds: int) -> None:
 
 
 def writing(folder: Path, d_model: int, rounds: int) -> None:
-    """One chunk at a time; every way ends with its bytes in the page cache, ours with an fsync as well."""
+    """One chunk at a time, to new files; removing the files of the round before is not measured."""
     chunk = torch.randn(CHUNK, d_model).half()
     n = 24
     made = provenance(d_model)
     full = layout_of(n * CHUNK)
 
     def ours() -> None:
-        shutil.rmtree(folder / "written.zarr", ignore_errors=True)
         with StoreWriter.create(folder / "written.zarr", full, made) as writer:
             for number in range(n):
                 writer.write(HOOK, number, chunk)
 
-    def flat(sync: bool) -> None:
-        import os
+    def remove() -> None:
+        for name in ("written.zarr", "plain.zarr"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "written.bin").unlink(missing_ok=True)
+        os.sync()
 
+    def flat(sync: bool) -> None:
         with (folder / "written.bin").open("wb", buffering=0) as file:
             for _ in range(n):
                 file.write(chunk.numpy().data)
@@ -209,7 +223,6 @@ def writing(folder: Path, d_model: int, rounds: int) -> None:
                     os.fsync(file.fileno())
 
     def plain() -> None:
-        shutil.rmtree(folder / "plain.zarr", ignore_errors=True)
         array = zarr.create_array(
             str(folder / "plain.zarr"),
             shape=(n * CHUNK, d_model),
@@ -232,6 +245,7 @@ def writing(folder: Path, d_model: int, rounds: int) -> None:
         n * chunk.numel() * 2 / 1e9,
         "GB/s",
         rounds,
+        remove,
     )
 
 

@@ -9,6 +9,10 @@ from typing import get_args
 from tcsae.store.errors import ConfigError
 from tcsae.store.spec import Dtype, Precision
 
+BATCH_TOKENS = 2048
+"""Bound on the padded tokens of one forward pass. No setting: matrix products round differently for other
+shapes, so a store's last bits depend on it."""
+
 DEFAULT_MODEL = "EleutherAI/pythia-70m"
 """The model that the source experiment studies."""
 
@@ -44,10 +48,19 @@ class HarvestConfig:
     """rows of a chunk file, the unit of work and of resuming"""
     resume: bool = False
     """go on with an unfinished store instead of refusing to touch it"""
-    batch_tokens: int = 2048
-    """bound on the padded tokens of one forward pass; rounding, hence the last bits, depends on it"""
     device: str = "auto"
     """torch device such as ``cpu`` or ``cuda:1``; ``auto`` takes a GPU if there is one"""
+    workers: int = 1
+    """processes on this machine that compute chunks, each with its own copy of the model; they share the
+    processor's threads"""
+    scheduler: str | None = None
+    """address of a running Dask scheduler, such as ``tcp://host:8786``, whose workers compute the chunks
+    instead; they must see the store and the model under the same names"""
+
+    @property
+    def batch_tokens(self) -> int:
+        """bound on the padded tokens of one forward pass; it follows from the context length"""
+        return max(BATCH_TOKENS, self.context_length)
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", get_args(Dtype)), ("precision", get_args(Precision))):
@@ -67,17 +80,16 @@ class HarvestConfig:
         for name, least in (
             ("context_length", 2),
             ("rows_per_chunk", 1),
-            ("batch_tokens", 1),
             ("max_tokens", 2),
+            ("workers", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {value}; raise it")
-        if self.batch_tokens < self.context_length:
+        if self.scheduler is not None and self.workers > 1:
             raise ConfigError(
-                f"batch_tokens: expected at least the context length {self.context_length}, got "
-                f"{self.batch_tokens}; "
-                "raise it or shorten the contexts"
+                f"workers: expected none beside scheduler {self.scheduler!r}, whose workers are used, got "
+                f"{self.workers}; leave one of the two out"
             )
         if not self.model.strip():
             raise ConfigError(

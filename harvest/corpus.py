@@ -76,9 +76,10 @@ class Skips:
 class Corpus:
     """The documents that a spec names. Iterating reads them from the start; ``skips`` is of the last pass."""
 
-    def __init__(self, spec: str, read: Callable[[], Rows]) -> None:
+    def __init__(self, spec: str, read: Callable[[], Rows], n_rows: int | None = None) -> None:
         self.spec = spec
         self.skips = Skips()
+        self.n_rows = n_rows  # bad ones included; None: not known before they are read
         self._read = read
 
     def __iter__(self) -> Iterator[Document]:
@@ -152,16 +153,18 @@ def read_corpus(spec: str) -> Corpus:
             f"or {olmo.NAME}"
         )
     if path.is_dir():
-        return Corpus(spec, lambda: files.read_folder(path))
-    readers: dict[str, Callable[[Path], Rows]] = {".jsonl": files.read_jsonl, ".parquet": files.read_parquet}
-    reader = readers.get(path.suffix)
-    if reader is None:
+        return Corpus(spec, lambda: files.read_folder(path), files.count_folder(path))
+    readers: dict[str, tuple[Callable[[Path], Rows], Callable[[Path], int | None]]] = {
+        ".jsonl": (files.read_jsonl, files.count_jsonl),
+        ".parquet": (files.read_parquet, files.count_parquet),
+    }
+    if path.suffix not in readers:
         raise CorpusError(
             f"{spec}: expected a name that ends in {' or '.join(readers)}, got "
-            f"{path.suffix or 'no suffix'!r}; "
-            "rename or convert the file"
+            f"{path.suffix or 'no suffix'!r}; rename or convert the file"
         )
-    return Corpus(spec, lambda: reader(path))
+    reader, count = readers[path.suffix]
+    return Corpus(spec, lambda: reader(path), count(path))
 
 
 def _fault(document: Document) -> BadRow | None:

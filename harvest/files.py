@@ -35,6 +35,12 @@ def read_jsonl(path: Path) -> Rows:
             yield to_document(row, where, f"{path.name}:{number}", path.name)
 
 
+def count_jsonl(path: Path) -> int:
+    """Line ends in the file: its rows, give or take blank lines and a last line without an end."""
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
 def read_parquet(path: Path) -> Rows:
     """One document a row of a table with a ``text`` column; a row's number counts from 1."""
     try:
@@ -55,6 +61,14 @@ def read_parquet(path: Path) -> Rows:
                 yield to_document(row, f"{path.name}, row {number}", f"{path.name}:{number}", path.name)
 
 
+def count_parquet(path: Path) -> int | None:
+    """Rows of the table; None if it is none, which reading it reports."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except pa.ArrowInvalid:
+        return None
+
+
 def read_folder(folder: Path) -> Rows:
     """One document a .txt file at any depth, in the order of their paths; the path is the id."""
     for path in sorted(folder.rglob("*.txt"), key=lambda found: found.relative_to(folder).as_posix()):
@@ -68,6 +82,11 @@ def read_folder(folder: Path) -> Rows:
             yield BadRow(name, f"not readable: {error.strerror}")
             continue
         yield Document(id=name, text=text, source=folder.name, topic=None)
+
+
+def count_folder(folder: Path) -> int:
+    """Text files at any depth."""
+    return sum(1 for _ in folder.rglob("*.txt"))
 
 
 def to_document(row: dict[str, Any], where: str, default_id: str, default_source: str) -> Document | BadRow:

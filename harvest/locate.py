@@ -6,8 +6,10 @@ import logging
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from tcsae.harvest.config import DEFAULT_MODEL
 from tcsae.harvest.hub import download_model
@@ -98,9 +100,11 @@ def converted(name: str, entry: dict[str, Any]) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
-    with quiet():
+    # Its progress bar is tqdm's own, which none of transformers' switches turns off.
+    silent = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
+    with quiet(), patch.object(modeling_gguf_pytorch_utils, "tqdm", silent):
         loaded = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
         )

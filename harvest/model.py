@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -62,6 +62,7 @@ class LanguageModel:
         self.special_token_ids = tuple(sorted({token for token in special if token is not None}))
         self._bare = bare
         self._resumable: dict[str, bool] = {}
+        self._n_outputs: dict[nn.Module, int] = {}
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -130,8 +131,9 @@ class LanguageModel:
         """Float32 logits at every position if the activation at ``hook`` were ``x``.
 
         At the residual stream between blocks only the blocks above the hook run; at any other hook the whole
-        model does. The first call for a hook compares both ways on eight tokens, and if an architecture gives
-        other logits the short way (for instance because blocks share keys and values), it is not taken.
+        model does. The first call for a hook compares both ways on two rows of eight tokens, and if an
+        architecture gives other logits the short way (for instance because blocks share keys and values), or
+        none at all, it is not taken.
         """
         self.check_hooks([hook])
         if hook not in self._resumable:
@@ -146,7 +148,8 @@ class LanguageModel:
         n_below: int,
         x: Float[Tensor, "batch position d_model"],
     ) -> Float[Tensor, "batch position vocab"]:
-        with _skipping(self._bare.blocks[:n_below], x.to(self.device, self._dtype)):
+        below = self._bare.blocks[:n_below]
+        with _skipping(below, x.to(self.device, self._dtype), self._n_outputs):
             return self.logits(input_ids)
 
     def _blocks_below(self, hook: str) -> int:
@@ -161,12 +164,32 @@ class LanguageModel:
         n_below = self._blocks_below(hook)
         if n_below == 0:
             return False
-        tokens = probe_tokens(self.vocab_size, self.device)
+        row = probe_tokens(self.vocab_size, self.device)
+        # Two rows, and different ones: a pass that took one row for the whole batch would go unnoticed else.
+        tokens = torch.cat([row, row.flip(-1)])
         # Half the activation, since a pass that ignored x altogether would reproduce the unedited logits.
         x = 0.5 * self.residuals(tokens, [hook])[hook]
-        whole = self.logits(tokens, hook, lambda _: x)
-        short = self._logits_above(tokens, n_below, x)
-        return bool((whole - short).abs().max() <= SAME_LOGITS * whole.abs().max())
+        with self._counting_outputs():
+            whole = self.logits(tokens, hook, lambda _: x)
+        try:
+            short = self._logits_above(tokens, n_below, x)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            log.debug("%s: no pass from %s on (%s); whole passes it is", self.name, hook, error)
+            return False
+        same_shape = whole.shape == short.shape
+        return same_shape and bool((whole - short).abs().max() <= SAME_LOGITS * whole.abs().max())
+
+    @contextmanager
+    def _counting_outputs(self) -> Iterator[None]:
+        """Learn from the passes inside how many things each block returns; 0 is a tensor, not a tuple."""
+
+        def see(block: nn.Module, _args: Any, output: Any) -> None:
+            self._n_outputs[block] = len(output) if isinstance(output, tuple) else 0
+
+        with ExitStack() as attached:
+            for block in self._bare.blocks:
+                attached.callback(block.register_forward_hook(see).remove)
+            yield
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -177,25 +200,33 @@ class LanguageModel:
 
 
 @contextmanager
-def _skipping(blocks: Sequence[nn.Module], x: Float[Tensor, "batch position d_model"]) -> Iterator[None]:
+def _skipping(
+    blocks: Sequence[nn.Module],
+    x: Float[Tensor, "batch position d_model"],
+    n_outputs: Mapping[nn.Module, int],
+) -> Iterator[None]:
     """Let the blocks do nothing and the last of them return ``x``.
+
+    A block that returns a tuple of ``n_outputs`` (0: a tensor alone) goes on doing so, with None for the
+    attention and whatever else stands behind the activation.
 
     The blocks stay in the model, with everything that it reads off them (their number, their kind of
     attention), and embedding, positions and masks are computed as ever: only the work is left out.
     """
 
-    def passing(value: Tensor | None) -> Callable[..., Any]:
+    def passing(value: Tensor | None, length: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if value is not None:
-                return value
-            return args[0] if args else kwargs["hidden_states"]
+            passed = value
+            if passed is None:
+                passed = args[0] if args else kwargs["hidden_states"]
+            return (passed, *[None] * (length - 1)) if length else passed
 
         return forward
 
     with ExitStack() as restored:
         for block in blocks:
             # An attribute of the object hides the method of its class, until it is deleted again.
-            block.forward = passing(x if block is blocks[-1] else None)
+            block.forward = passing(x if block is blocks[-1] else None, n_outputs[block])
             restored.callback(block.__dict__.pop, "forward")
         yield
 

@@ -15,8 +15,8 @@ from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.corpus import Skips, read_corpus
 from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.tokens import tokenise
-from tcsae.store.chunks import chunk_bytes
-from tcsae.store.errors import ConfigError
+from tcsae.store.chunks import chunk_bytes, chunk_path
+from tcsae.store.errors import ConfigError, DiskFull
 from tcsae.store.spec import Dtype, Layout, Precision, Provenance
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class DryRun:
     free_bytes: int
     """bytes free on the store's disk"""
     seconds: float
-    """estimated time of the forward passes on this device, from a sample"""
+    """estimated time of the forward passes in one process on this device, from a sample"""
     tokens_per_second: float
     """rows a second behind that estimate"""
     skipped: dict[str, int]
@@ -95,7 +95,6 @@ def make_plan(config: HarvestConfig, model: LanguageModel) -> Plan:
             "got "
             f"{config.context_length}; lower it"
         )
-    log.info("reading %s", config.corpus)
     tokenised = tokenise(
         read_corpus(config.corpus),
         model.tokenizer,
@@ -142,15 +141,31 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def check_space(store: Path, provenance: Provenance, n_chunks: int) -> None:
+    """Raise `DiskFull`, with the numbers, unless ``n_chunks`` more chunks of every hook fit on the disk."""
+    n_hooks = len(provenance.hooks)
+    per_hook = hook_bytes(provenance, n_chunks)
+    free = free_bytes(store)
+    if free < per_hook * n_hooks:
+        raise DiskFull(
+            f"{store}: expected {per_hook * n_hooks:,} bytes free for {n_chunks:,} chunks of {n_hooks} hooks in "
+            f"{provenance.dtype} ({per_hook:,} bytes a hook), got {free:,}; free some space, lower --max-tokens or "
+            "store fewer hooks"
+        )
+
+
 def dry_run(config: HarvestConfig) -> DryRun:
     """Plan a harvest and time a few batches. **Writes nothing**, wherever the store would be.
 
-    It loads the model and reads the corpus, so it finds what a harvest would find wrong with them.
+    It loads the model and reads the corpus, so it finds what a harvest would find wrong with them, and raises
+    what a harvest would raise, `DiskFull` with the numbers included. With ``config.resume``, chunks that are
+    there need no more space; that they are whole is not checked.
     """
     model = load_model(config.model, precision=config.precision, device=config.device)
     plan = make_plan(config, model)
     layout = plan.layout
     n_chunks = -(-layout.n_rows // config.rows_per_chunk)
+    check_space(config.store, plan.provenance, n_chunks - _chunks_there(config, n_chunks))
     per_hook = hook_bytes(plan.provenance, n_chunks)
     seconds = _estimate(config, model, layout)
     return DryRun(
@@ -169,6 +184,16 @@ def dry_run(config: HarvestConfig) -> DryRun:
         seconds=seconds,
         tokens_per_second=layout.n_rows / seconds,
         skipped=dict(plan.skips.counts),
+    )
+
+
+def _chunks_there(config: HarvestConfig, n_chunks: int) -> int:
+    """Chunks that have a file for every hook, if the harvest would go on with them."""
+    if not config.resume:
+        return 0
+    numbers = range(n_chunks)
+    return sum(
+        all(chunk_path(config.store, hook, chunk).exists() for hook in config.hooks) for chunk in numbers
     )
 
 

@@ -1,4 +1,4 @@
-"""Harvesting: plan, then compute the chunks that are missing, one after the other."""
+"""Harvesting: plan, then compute the chunks that are missing, here or on workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +16,13 @@ from tcsae.harvest.batches import run_chunk
 from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.locate import canonical_name
 from tcsae.harvest.model import LanguageModel, load_model
-from tcsae.harvest.plan import free_bytes, hook_bytes, make_plan, provenance_of
-from tcsae.store.errors import DiskFull, Interrupted, StoreExists, StoreMismatch
+from tcsae.harvest.plan import check_space, make_plan, provenance_of
+from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint, release
+from tcsae.store.errors import Interrupted, StoreExists, StoreMismatch
 from tcsae.store.metadata import ROOT, read_root
+from tcsae.store.parallel import map_tasks
 from tcsae.store.progress import progress
-from tcsae.store.spec import Provenance
+from tcsae.store.spec import Layout, Provenance
 from tcsae.store.writer import StoreWriter, differences
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
 
     With ``config.resume``, an unfinished store is completed, a finished one is checked chunk by chunk and
     mended, and without a store one is begun. Killed at any moment and resumed with the same settings, a
-    store has the bytes of an uninterrupted one.
+    store has the bytes of an uninterrupted one; with workers, it has the bytes that one process gives it.
 
     Raises
     ------
@@ -73,6 +75,8 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
         what is missing does not fit on the disk (checked first), or the disk has filled up since
     ActivationError
         an activation is NaN, Inf or overflows the stored dtype; its chunk is not written
+    WorkersLost
+        worker processes died again and again on the same chunk; the finished ones stay
     Interrupted
         Ctrl-C or SIGTERM; finished chunks stay
     """
@@ -90,9 +94,11 @@ def _begin(config: HarvestConfig) -> HarvestSummary:
     model = load_model(config.model, precision=config.precision, device=config.device)
     plan = make_plan(config, model)
     n_chunks = -(-plan.layout.n_rows // config.rows_per_chunk)
-    _check_space(config.store, plan.provenance, n_chunks)
+    check_space(config.store, plan.provenance, n_chunks)
+    compute = _way(config, model, plan.layout)
+    del model  # with workers, which have their own, nothing holds it any more
     with StoreWriter.create(config.store, plan.layout, plan.provenance) as writer:
-        return _compute(config, writer, model, writer.missing(), dict(plan.skips.counts))
+        return _compute(writer, writer.missing(), compute, dict(plan.skips.counts))
 
 
 def _resume(config: HarvestConfig) -> HarvestSummary:
@@ -123,38 +129,73 @@ def _resume(config: HarvestConfig) -> HarvestSummary:
         if differing:
             raise StoreMismatch(
                 f"{config.store}: begun with other settings: {'; '.join(differing)}; resume with the first "
-                "ones or "
-                "choose another path"
+                "ones or choose another path"
             )
-        _check_space(config.store, stored, len(missing))
-        return _compute(config, writer, model, missing, {})
+        check_space(config.store, stored, len(missing))
+        compute = _way(config, model, writer.layout)
+        del model
+        return _compute(writer, missing, compute, {})
+
+
+Compute = Callable[[StoreWriter, list[int], Callable[[int], Any]], None]
+"""Computes and writes chunks of a store, and says after each step how many rows are done."""
+
+
+def _way(config: HarvestConfig, model: LanguageModel, layout: Layout) -> Compute:
+    """How chunks are computed: in this process with its model, or by workers, which load it themselves."""
+    if config.workers == 1 and config.scheduler is None:
+        return lambda writer, missing, on_rows: _compute_here(config, model, writer, missing, on_rows)
+    expected = fingerprint(config, model, layout)
+    return lambda writer, missing, on_rows: _compute_on_workers(config, expected, writer, missing, on_rows)
+
+
+def _compute_here(
+    config: HarvestConfig,
+    model: LanguageModel,
+    writer: StoreWriter,
+    missing: list[int],
+    on_rows: Callable[[int], Any],
+) -> None:
+    for chunk in missing:
+        start, stop = writer.rows_of(chunk)
+        rows = run_chunk(
+            model,
+            writer.layout,
+            start,
+            stop,
+            hooks=config.hooks,
+            d_model=model.d_model,
+            batch_tokens=config.batch_tokens,
+            on_rows=on_rows,
+        )
+        for hook in config.hooks:
+            writer.write(hook, chunk, rows[hook])
+
+
+def _compute_on_workers(
+    config: HarvestConfig,
+    expected: str,
+    writer: StoreWriter,
+    missing: list[int],
+    on_rows: Callable[[int], Any],
+) -> None:
+    there = replace(config, store=config.store.absolute())
+    tasks = [ChunkTask(there, writer.provenance, expected, chunk) for chunk in missing]
+    for task, _ in map_tasks(
+        compute_chunk, tasks, workers=config.workers, scheduler=config.scheduler, release=release
+    ):
+        start, stop = writer.rows_of(task.chunk)
+        on_rows(stop - start)
 
 
 def _compute(
-    config: HarvestConfig,
-    writer: StoreWriter,
-    model: LanguageModel,
-    missing: list[int],
-    skipped: dict[str, int],
+    writer: StoreWriter, missing: list[int], compute: Compute, skipped: dict[str, int]
 ) -> HarvestSummary:
     began = time.perf_counter()
     todo = sum(stop - start for start, stop in map(writer.rows_of, missing))
     n_rows = writer.layout.n_rows
-    with progress(n_rows, "token", f"harvest {config.store.name}", initial=n_rows - todo) as bar:
-        for chunk in missing:
-            start, stop = writer.rows_of(chunk)
-            rows = run_chunk(
-                model,
-                writer.layout,
-                start,
-                stop,
-                hooks=config.hooks,
-                d_model=model.d_model,
-                batch_tokens=config.batch_tokens,
-                on_rows=bar.update,
-            )
-            for hook in config.hooks:
-                writer.write(hook, chunk, rows[hook])
+    with progress(n_rows, "token", f"harvest {writer.path.name}", initial=n_rows - todo) as bar:
+        compute(writer, missing, bar.update)
     seconds = time.perf_counter() - began
     writer.finish()
     return _summary(writer, len(missing), todo, seconds, skipped)
@@ -175,17 +216,6 @@ def _summary(
         tokens_per_second=computed_rows / seconds if computed_rows else 0.0,
         skipped=skipped,
     )
-
-
-def _check_space(store: Path, provenance: Provenance, n_chunks: int) -> None:
-    needed = hook_bytes(provenance, n_chunks) * len(provenance.hooks)
-    free = free_bytes(store)
-    if free < needed:
-        raise DiskFull(
-            f"{store}: expected {needed:,} bytes free for {n_chunks:,} chunks of {len(provenance.hooks)} "
-            "hooks in "
-            f"{provenance.dtype}, got {free:,}; free some space, lower --max-tokens or store fewer hooks"
-        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tcsae.harvest.corpus import BadRow, Corpus, Document, Skips
 from tcsae.store.errors import ConfigError, CorpusError
+from tcsae.store.progress import progress
 from tcsae.store.spec import DOCUMENT_COLUMNS, Layout, split_of
 from tcsae.store.writer import documents_table
 
@@ -62,7 +63,8 @@ def tokenise(
     columns: dict[str, list[Any]] = {name: [] for name in DOCUMENT_COLUMNS}
     digest = hashlib.sha256()
     n_rows = 0
-    for document, ids in _token_ids(corpus, tokenizer):
+    reading = _with_progress(_token_ids(corpus, tokenizer), corpus, max_tokens)
+    for document, ids in reading:
         if len(ids) < 2:
             corpus.skips.add(BadRow(document.id, "shorter than two tokens"))
             continue
@@ -121,6 +123,17 @@ def cut(document_offsets: npt.NDArray[np.int64], rows_per_context: int) -> npt.N
     """
     starts = [np.arange(start, stop, rows_per_context) for start, stop in pairwise(document_offsets)]
     return np.concatenate([*starts, document_offsets[-1:]]).astype(np.int64)
+
+
+def _with_progress(
+    tokenised: Iterator[tuple[Document, list[int]]], corpus: Corpus, max_tokens: int | None
+) -> Iterator[tuple[Document, list[int]]]:
+    """Show how far the reading is: in tokens if they are bounded, else in documents."""
+    total = corpus.n_rows if max_tokens is None else max_tokens
+    with progress(total, "document" if max_tokens is None else "token", f"read {corpus.spec}") as bar:
+        for document, ids in tokenised:
+            yield document, ids
+            bar.update(1 if max_tokens is None else len(ids))
 
 
 def _token_ids(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[Document, list[int]]]:

@@ -20,10 +20,14 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
+def partial_file(path: Path, *, sync_folder: bool = True) -> Iterator[Path]:
     """Yield a name beside ``path`` to write to; on success it is synced and renamed to ``path``.
 
     If the block raises, what was written is removed and ``path`` stays as it was.
+
+    Without ``sync_folder`` the rename itself may be lost with the power, so that ``path`` is then as it was
+    before, never half-written. It suits files that are made again if they are missing; the caller syncs
+    their folders (`sync_folders`) before it says that they are there.
 
     Raises
     ------
@@ -36,7 +40,8 @@ def partial_file(path: Path) -> Iterator[Path]:
         yield beside
         _sync(beside)
         beside.replace(path)
-        _sync(path.parent)
+        if sync_folder:
+            _sync(path.parent)
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -47,13 +52,19 @@ def partial_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+def write_atomically(path: Path, *parts: bytes | memoryview, sync_folder: bool = True) -> None:
     """Write ``parts`` one after the other to ``path``, whole or not at all (see `partial_file`)."""
-    with partial_file(path) as beside, beside.open("wb", buffering=0) as file:
+    with partial_file(path, sync_folder=sync_folder) as beside, beside.open("wb", buffering=0) as file:
         for part in parts:
             view = memoryview(part).cast("B")
             while view.nbytes:
                 view = view[file.write(view) or 0 :]
+
+
+def sync_folders(root: Path) -> None:
+    """Sync ``root`` and every folder below it, so that renames in them outlive a loss of power."""
+    for folder, _, _ in os.walk(root):
+        _sync(Path(folder))
 
 
 def _sync(path: Path) -> None:

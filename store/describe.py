@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class Description:
     """documents by source, the most frequent first"""
     topics: int
     """different topics"""
+    documents_by_topic: dict[str, int]
+    """the most frequent topic first"""
     d_model: int
     """length of an activation"""
     dtype: str
@@ -45,23 +48,50 @@ class Description:
     chunks: int
     """chunk files of each hook"""
     bytes: int
-    """size of all hooks' chunk files"""
+    """size of all hooks' chunk files, uncompressed"""
+    codec: str
+    """how chunks are stored"""
+    codec_ratio: dict[str, float]
+    """uncompressed bytes over stored ones, by hook, on a sample; empty for raw chunks"""
+    codec_error: dict[str, float]
+    """squared error of the decoded rows over their variance, by hook, on a sample; empty for raw chunks"""
     median_norm: dict[str, float]
     """median norm of an activation, by hook, train split"""
     outliers: dict[str, int]
     """rows whose norm is more than ten times that, by hook, train split"""
+    norm_quantiles: dict[str, dict[str, float]]
+    """quantiles of the norm, by hook, train split"""
+    examples: tuple[str, ...]
+    """beginnings of a few documents, if a decoder was given"""
     created: str
     """UTC day"""
 
 
-def describe(path: str | Path) -> Description:
-    """Describe the finished store at ``path``; raises as `ActivationStore.open` does. Reads no activation."""
-    store = ActivationStore.open(path)
+EXAMPLES = 3
+
+EXAMPLE_TOKENS = 32
+"""tokens shown of each example"""
+
+
+def describe(
+    store: ActivationStore | str | Path, decode: Callable[[list[int]], str] | None = None
+) -> Description:
+    """Describe a finished store, opened or at a path or URL. Reads no activation.
+
+    Parameters
+    ----------
+    store
+        the store, or where it is; raises as `ActivationStore.open` does
+    decode
+        token ids to text, such as a tokenizer's ``decode``, for the examples
+    """
+    if not isinstance(store, ActivationStore):
+        store = ActivationStore.open(store)
     made = store.provenance
     n_chunks = -(-store.n_rows // made.rows_per_chunk)
     statistics = {hook: store.statistics(hook) for hook in store.hooks}
     return Description(
-        path=str(store.path),
+        path=store.url,
         id=store.id,
         model=made.model,
         corpus=made.corpus,
@@ -72,12 +102,28 @@ def describe(path: str | Path) -> Description:
         splits=dict(Counter(store.documents["split"].to_pylist()).most_common()),
         sources=dict(Counter(store.documents["source"].to_pylist()).most_common()),
         topics=len(set(store.documents["topic"].to_pylist())),
+        documents_by_topic=dict(Counter(store.documents["topic"].to_pylist()).most_common()),
         d_model=made.d_model,
         dtype=made.dtype,
         precision=made.precision,
         chunks=n_chunks,
         bytes=n_chunks * len(made.hooks) * chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype),
+        codec=made.codec,
+        codec_ratio={hook: found["ratio"] for hook, found in made.codec_effect.items()},
+        codec_error={hook: found["relative_error"] for hook, found in made.codec_effect.items()},
+        norm_quantiles={hook: found.norm_quantiles for hook, found in statistics.items()},
+        examples=() if decode is None else _examples(store, decode),
         median_norm={hook: found.norm_quantiles["0.5"] for hook, found in statistics.items()},
         outliers={hook: found.n_outliers for hook, found in statistics.items()},
         created=made.created,
+    )
+
+
+def _examples(store: ActivationStore, decode: Callable[[list[int]], str]) -> tuple[str, ...]:
+    """The first tokens of documents spread evenly over the store."""
+    starts = store.document_offsets[:-1][:: max(1, store.n_documents // EXAMPLES)][:EXAMPLES]
+    stops = store.document_offsets[1:][:: max(1, store.n_documents // EXAMPLES)][:EXAMPLES]
+    return tuple(
+        decode(store.tokens[start : min(start + EXAMPLE_TOKENS, stop)].tolist())
+        for start, stop in zip(starts, stops, strict=True)
     )

@@ -12,13 +12,15 @@
     │   ├── StoreIncomplete (RuntimeError)  the harvest has not finished
     │   ├── StoreCorrupt (ValueError)       a chunk or table is missing, truncated or altered
     │   ├── StoreMismatch (ValueError)      made by another model, tokenizer, hook or with other settings
-    │   └── StoreBusy (BlockingIOError)     another process is writing
+    │   ├── StoreBusy (BlockingIOError)     another process is writing
+    │   └── RemoteError (ConnectionError)   a server cannot be reached, refuses, or answers too slowly
     ├── RunError                            about one training run or evaluation folder
     │   ├── RunExists (FileExistsError)
     │   ├── RunNotFound (FileNotFoundError)
     │   ├── RunMismatch (ValueError)
     │   ├── RunBusy (BlockingIOError)
     │   └── TrainingCollapsed (ArithmeticError)   L0 = 0, NaN or nearly all features dead
+    ├── WorkersLost (RuntimeError)          worker processes died again and again on the same task
     ├── DiskFull (OSError)                  nothing half-written is left behind
     └── Interrupted                         state is saved; exit 130
 
@@ -91,6 +93,10 @@ class StoreBusy(StoreError, BlockingIOError):
     """Another process is writing to the store."""
 
 
+class RemoteError(StoreError, ConnectionError):
+    """A store elsewhere cannot be reached, its server refuses, or it answers too slowly."""
+
+
 class RunError(TcsaeError):
     """Something about one training run or evaluation folder."""
 
@@ -113,6 +119,10 @@ class RunBusy(RunError, BlockingIOError):
 
 class TrainingCollapsed(RunError, ArithmeticError):
     """An SAE has collapsed: L0 = 0, a NaN loss, or nearly every feature dead."""
+
+
+class WorkersLost(TcsaeError, RuntimeError):
+    """Worker processes died again and again on the same task; what is finished is kept."""
 
 
 class DiskFull(TcsaeError, OSError):

@@ -11,14 +11,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore
 
 from tcsae.store.errors import StoreCorrupt, StoreNotFound
 from tcsae.store.spec import (
@@ -29,9 +25,13 @@ from tcsae.store.spec import (
     FORMAT,
     FORMAT_VERSION,
     TOKENS,
+    TORCH_DTYPES,
     ZARR_DTYPES,
     Provenance,
 )
+
+if TYPE_CHECKING:
+    from zarr.core.buffer import Buffer
 
 ROOT = "zarr.json"
 
@@ -57,19 +57,30 @@ def array_metadata(provenance: Provenance, sizes: Sizes) -> dict[str, bytes]:
 
     Index arrays are one chunk each, so that they too can be memory-mapped; activations are chunked by rows.
     """
+    # imported here, as below: zarr takes a third of a second, which nothing but opening a store needs
+    import zarr
+    from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
     memory: dict[str, Buffer] = {}
     root = zarr.create_group(MemoryStore(memory))
 
     def create(
-        name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, **attributes: str
+        name: str,
+        shape: tuple[int, ...],
+        chunks: tuple[int, ...],
+        dtype: str,
+        serializer: Any = BytesCodec(endian="little"),  # noqa: B008  # a value
+        compressors: Iterable[Any] = (),
+        **attributes: str,
     ) -> None:
         root.create_array(
             name,
             shape=shape,
             chunks=chunks,
             dtype=dtype,
-            serializer=BytesCodec(endian="little"),
-            compressors=[Crc32cCodec()],
+            serializer=serializer,
+            compressors=[*compressors, Crc32cCodec()],
             fill_value=0,
             attributes=attributes,
         )
@@ -85,15 +96,38 @@ def array_metadata(provenance: Provenance, sizes: Sizes) -> dict[str, bytes]:
     for hook in provenance.hooks:
         create_index(f"{CHECKSUMS}/{hook}", sizes.chunks(provenance.rows_per_chunk), "uint32")
         shape = (sizes.rows, provenance.d_model)
-        create(
-            f"{ACTIVATIONS}/{hook}", shape, (provenance.rows_per_chunk, provenance.d_model), dtype, **marks
-        )
+        chunks = (provenance.rows_per_chunk, provenance.d_model)
+        create(f"{ACTIVATIONS}/{hook}", shape, chunks, dtype, **_zarr_codecs(provenance, hook), **marks)
     return {name: value.to_bytes() for name, value in sorted(memory.items()) if name != ROOT}
+
+
+def _zarr_codecs(provenance: Provenance, hook: str) -> dict[str, Any]:
+    """How Zarr is to decode a hook's chunks, before their CRC-32C; nothing for rows as they are."""
+    from zarr.codecs import BloscCodec
+
+    from tcsae.store.codecs import BLOSC_LEVEL
+    from tcsae.store.zarr_codecs import Int8Codec, UniformCodec
+
+    match provenance.codec:
+        case "raw":
+            return {}
+        case "lossless":
+            size = TORCH_DTYPES[provenance.dtype].itemsize
+            return {
+                "compressors": (
+                    BloscCodec(typesize=size, cname="zstd", clevel=BLOSC_LEVEL, shuffle="shuffle"),
+                )
+            }
+    fitted = {"int8": Int8Codec, "uniform": UniformCodec}[provenance.codec]
+    return {"serializer": fitted(provenance.dtype, provenance.codec_configuration.get(hook, {}))}
 
 
 def root_metadata(provenance: Provenance, **more: Any) -> bytes:
     """The root group's zarr.json: ``provenance``, the format and what a finished harvest adds."""
     attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, **provenance.to_dict(), **more}
+    import zarr
+    from zarr.storage import MemoryStore
+
     memory: dict[str, Buffer] = {}
     zarr.create_group(MemoryStore(memory), attributes=attributes)
     return bytes(memory[ROOT].to_bytes())

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from tcsae.store.errors import ConfigError, WorkersLost
+
+if TYPE_CHECKING:
+    from dask.distributed import Client
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+ANSWER_SECONDS = 10
+"""how long a scheduler may take to answer"""
+
+WORKER_SECONDS = 60
+"""how long a scheduler may take to have its first worker"""
+
+TASKS_AHEAD = 4
+"""Tasks that are with the scheduler for each thread that can run one: enough that none waits, few enough that
+a hundred thousand chunks are not all described to it at once."""
 
 
 def map_tasks(
@@ -19,48 +37,145 @@ def map_tasks(
     *,
     workers: int = 1,
     scheduler: str | None = None,
+    release: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Yield each item with ``function(item)``, as results come in.
 
     Parameters
     ----------
     function
-        importable by its name, as are the items' types, since they are sent to other processes
+        importable by its name, as are the items' types, since they are sent to other processes; a scheduler's
+        workers may call it in several threads at once
     items
-        hashable, each one task
+        each one task
     workers
-        processes on this machine; 1 calls ``function`` in this one, in order
+        processes on this machine, which share the threads that torch has here; 1 calls ``function`` in this
+        process, in order
     scheduler
         address of a running Dask scheduler, such as ``tcp://host:8786``, whose workers see the same files;
         takes precedence over ``workers``
+    release
+        called at the end in each worker of a scheduler, to drop what ``function`` keeps in memory from one
+        call to the next; workers on this machine end anyway
 
-    A worker that dies is replaced and its tasks are run again. What ``function`` raises is raised here.
+    A worker that dies is replaced and its tasks are run again. What ``function`` raises is raised here, and
+    then, as when the caller stops early or is interrupted, the workers on this machine are ended.
+
+    Raises
+    ------
+    ConfigError
+        no scheduler answers at the address, or it has no workers
+    WorkersLost
+        one task's worker has died four times
     """
     if workers <= 1 and scheduler is None:
         for item in items:
             yield item, function(item)
         return
     # imported here: a single process needs no Dask, and it takes a second to import
-    from dask.distributed import Client, LocalCluster, as_completed
+    from dask.distributed import KilledWorker, as_completed
 
-    if scheduler is not None:
-        cluster = None
-        client = Client(scheduler)
-    else:
-        cluster = LocalCluster(
+    connect = _cluster(workers) if scheduler is None else _connection(scheduler, release)
+    with _quiet_dask(), connect as client:
+        todo = iter(items)
+        ahead = TASKS_AHEAD * sum(client.nthreads().values())
+
+        def submit(n: int) -> dict[Any, Item]:
+            return {client.submit(function, item, pure=False): item for item in islice(todo, n)}
+
+        running = submit(ahead)
+        results = as_completed(running)
+        for future in results:
+            item = running.pop(future)
+            try:
+                result = future.result()
+            except KilledWorker as error:
+                raise WorkersLost(
+                    f"{item}: {error.allowed_failures + 1} workers died of it, the last one at "
+                    f"{error.last_worker.address}; if memory ran out, run again with fewer workers"
+                ) from error
+            following = submit(1)
+            running |= following
+            results.update(following)
+            yield item, result
+
+
+@contextmanager
+def _cluster(workers: int) -> Iterator[Client]:
+    """Processes on this machine, for the block."""
+    import dask
+    from dask.distributed import Client, LocalCluster
+
+    threads = max(1, torch.get_num_threads() // workers)
+    # Set before a worker starts, so that one which takes a dead one's place has them too.
+    settings = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    with (
+        _environment_restored(),
+        dask.config.set({"distributed.nanny.pre-spawn-environ": settings}),
+        LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
-            dashboard_address=None,
-            silence_logs=logging.ERROR,
-        )
-        client = Client(cluster)
-        share = max(1, len(os.sched_getaffinity(0)) // workers)
-        client.run(torch.set_num_threads, share)
+            dashboard_address=":0",  # any free port: two clusters on a machine must not be in each other's way
+            memory_limit=0,  # the system decides: at a share of the memory Dask would kill, restart and kill
+            preload=__name__,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _connection(scheduler: str, release: Callable[[], None] | None) -> Iterator[Client]:
+    """The workers of a scheduler that is there already, for the block."""
+    from dask.distributed import Client
+
+    expected = (
+        f"scheduler: expected the address of a Dask scheduler, such as tcp://host:8786, got {scheduler!r}"
+    )
     try:
-        futures = {client.submit(function, item, pure=False): item for item in items}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        client = Client(scheduler, timeout=ANSWER_SECONDS)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{expected}: none answers there ({reason}); start one with `dask scheduler`"
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=WORKER_SECONDS)
+        except TimeoutError as error:
+            raise ConfigError(f"{expected}, which has no workers; start some with `dask worker`") from error
+        try:
+            yield client
+        finally:
+            if release is not None:
+                client.run(release, on_error="ignore")
+
+
+def dask_setup(worker: object) -> None:  # noqa: ARG001  # Dask names the function and gives it the worker
+    """Make a worker deaf to Ctrl-C, which a terminal sends to all processes: the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _quiet_dask() -> Iterator[None]:
+    """Hide Dask's own log: a worker that died is no news to the user, since another does its work."""
+    logger = logging.getLogger("distributed")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
     finally:
-        client.close()
-        if cluster is not None:
-            cluster.close()
+        logger.setLevel(before)
+
+
+@contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Undo what Dask does to this process's environment to hand it on to its workers."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)

@@ -8,13 +8,13 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int, unit: str, description: str, initial: int = 0) -> tqdm[Any]:
+def progress(total: int | None, unit: str, description: str, initial: int = 0) -> tqdm[Any]:
     """A progress bar on stderr that shows rate and time left.
 
     Parameters
     ----------
     total
-        number of units of the whole work, done ones included
+        number of units of the whole work, done ones included; None: not known, they are only counted
     unit
         what is counted, such as ``"token"``
     description

@@ -21,9 +21,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from tcsae.store.chunks import CHECKSUM_BYTES, MEND, chunk_path, map_chunk, map_raw
-from tcsae.store.errors import StoreCorrupt, StoreIncomplete, UnknownName
+from tcsae.store.cache import CachedStore
+from tcsae.store.chunks import CHECKSUM_BYTES, MEND, chunk_path, codec_of, map_raw, read_chunk
+from tcsae.store.errors import ConfigError, StoreCorrupt, StoreIncomplete, UnknownName
 from tcsae.store.metadata import ROOT, Sizes, array_metadata, read_root
+from tcsae.store.remote import is_url, local_path
 from tcsae.store.spec import (
     CHECKSUMS,
     CONTEXT_OFFSETS,
@@ -41,6 +43,9 @@ from tcsae.store.spec import (
 
 MAX_MAPPED_CHUNKS = 4096
 """Chunks of a hook that stay mapped at once; Linux allows a process about 65,000 maps in all."""
+
+DECODED_BYTES = 2**29
+"""Decoded chunks of a hook that are kept, in bytes; two at least."""
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -60,8 +65,10 @@ class ActivationStore:
     torch.Size([16, 576])
     """
 
-    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+    def __init__(self, path: Path, attributes: dict[str, Any], cached: CachedStore | None = None) -> None:
         self.path = path
+        self.url = cached.remote.url if cached else str(path)
+        """where the store is; ``path`` is then the folder of what is cached of it"""
         where = str(path / ROOT)
         self.provenance = Provenance.from_dict(attributes, where)
         self.id: str = attributes["id"]
@@ -76,14 +83,18 @@ class ActivationStore:
         self.document_of_context: Int64Array = (
             np.searchsorted(self.document_offsets, self.context_offsets[:-1], side="right") - 1
         )
-        self._chunks = {hook: _HookChunks(path, hook, self.provenance, self.n_rows) for hook in self.hooks}
+        self._chunks = {
+            hook: _HookChunks(path, hook, self.provenance, self.n_rows, cached) for hook in self.hooks
+        }
 
     @classmethod
     def open(cls, path: str | Path) -> ActivationStore:
-        """Open the finished store at ``path``.
+        """Open the finished store at ``path``, a folder or a URL that fsspec knows.
 
         Reads the index arrays and the documents' table; activations are mapped when they are first asked for,
-        and each chunk's CRC-32C is checked then.
+        and each chunk's CRC-32C is checked then. Of a store at a URL, whole chunks are fetched when they are
+        first asked for and kept on this machine (`tcsae.store.cache`: ``$TCSAE_CACHE``, 50 GB or
+        ``$TCSAE_CACHE_GB``).
 
         Raises
         ------
@@ -93,8 +104,11 @@ class ActivationStore:
             its harvest has not finished
         StoreCorrupt
             a table is missing, altered or does not fit the others; a newer format; a link out of the store
+        RemoteError
+            a store at a URL cannot be reached
         """
-        path = Path(path)
+        cached = CachedStore(str(path)) if is_url(path) else None
+        path = cached.path if cached else local_path(path)
         attributes = read_root(path)
         if not attributes.get("complete"):
             raise StoreIncomplete(
@@ -103,10 +117,16 @@ class ActivationStore:
         lacking = [name for name in ("id", "statistics") if name not in attributes]
         if lacking:
             raise StoreCorrupt(f"{path / ROOT}: attributes lack {', '.join(lacking)}; copy the store again")
-        return cls(path, attributes)
+        try:
+            return cls(path, attributes, cached)
+        except StoreCorrupt:
+            if cached is None:
+                raise
+            cached.fetch_tables(again=True)  # what was damaged may be the copy on this machine
+            return cls(path, attributes, cached)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (ActivationStore.open, (self.path,))
+        return (ActivationStore.open, (self.url,))
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -151,7 +171,8 @@ class ActivationStore:
         """Activations of rows ``[start, stop)`` in the stored dtype.
 
         A view of the memory map when the rows lie in one chunk, a copy when they do not. Writing to a view
-        changes neither the file nor what another call returns from another process.
+        changes neither the file nor what another call returns from another process. Compressed chunks are
+        decoded whole, and the last ones are kept (`DECODED_BYTES`): read them chunk by chunk.
 
         Raises
         ------
@@ -196,6 +217,64 @@ class ActivationStore:
         for start in range(0, self.n_rows, self.provenance.rows_per_chunk):
             yield start, min(start + self.provenance.rows_per_chunk, self.n_rows)
 
+    def chunks(
+        self, generator: np.random.Generator, hook: str | None = None
+    ) -> Iterator[tuple[int, Float[Tensor, "row d_model"]]]:
+        """Every chunk once, in random order: its first row and its activations, the stored dtype.
+
+        The cheapest way to see a store out of order, compressed ones above all: a chunk is read, checked and
+        decoded once. Equal generators give equal orders.
+        """
+        for chunk in generator.permutation(-(-self.n_rows // self.provenance.rows_per_chunk)):
+            start = int(chunk) * self.provenance.rows_per_chunk
+            yield start, self.rows(start, min(start + self.provenance.rows_per_chunk, self.n_rows), hook)
+
+    def windows(
+        self,
+        length: int,
+        generator: np.random.Generator,
+        hook: str | None = None,
+        *,
+        contexts: Int64Array | None = None,
+    ) -> Iterator[tuple[int, Float[Tensor, "row d_model"]]]:
+        """Random windows of ``length`` neighbouring rows, without end: first row and activations.
+
+        Parameters
+        ----------
+        length
+            rows, at least 1; a window lies in one context
+        generator
+            every window that there is comes with equal probability, again and again; equal generators
+            give equal windows
+        hook
+            may be left out when the store has one
+        contexts
+            indices to draw from, such as ``store.contexts_in("train")``; None for all
+
+        Yields
+        ------
+        int, Tensor [length, d_model]
+            the window's first row in the store, and `rows` of it: a view unless a chunk ends in it
+
+        Raises
+        ------
+        ConfigError
+            at the first window, if no context is that long
+        """
+        which = np.arange(self.n_contexts) if contexts is None else contexts
+        first = self.context_offsets[which]
+        # a context of 5 rows has 3 windows of 3; the running total finds the context of the n-th window
+        n_windows = np.maximum(self.context_offsets[which + 1] - first - length + 1, 0)
+        total = np.cumsum(n_windows)
+        if length < 1 or not total.size or total[-1] == 0:
+            longest = int((self.context_offsets[which + 1] - first).max(initial=0))
+            raise ConfigError(f"{self.path}: windows of {length} rows: contexts have 1 to {longest}")
+        while True:
+            number = int(generator.integers(total[-1]))
+            context = int(np.searchsorted(total, number, side="right"))
+            start = int(first[context] + number - (total[context] - n_windows[context]))
+            yield start, self.rows(start, start + length, hook)
+
     def _hook(self, hook: str | None) -> str:
         if hook is None:
             if len(self.hooks) > 1:
@@ -209,8 +288,11 @@ class ActivationStore:
 class _HookChunks:
     """Chunk number to mapped rows, padding left off; a chunk is verified when it is first mapped."""
 
-    def __init__(self, store: Path, hook: str, provenance: Provenance, n_rows: int) -> None:
+    def __init__(
+        self, store: Path, hook: str, provenance: Provenance, n_rows: int, cached: CachedStore | None
+    ) -> None:
         self._store = store
+        self._cached = cached
         self._hook = hook
         self._made = provenance
         self._n_rows = n_rows
@@ -218,6 +300,9 @@ class _HookChunks:
         n_chunks = -(-n_rows // provenance.rows_per_chunk)
         table, _ = map_raw(store / CHECKSUMS / hook / "c" / "0", 4 * n_chunks + CHECKSUM_BYTES)
         self._checksums = table.view("<u4")
+        codec_of(provenance, hook)  # refuses an unknown one now
+        decoded = provenance.rows_per_chunk * provenance.d_model * TORCH_DTYPES[provenance.dtype].itemsize
+        self._most = MAX_MAPPED_CHUNKS if provenance.codec == "raw" else max(2, DECODED_BYTES // decoded)
 
     def __getitem__(self, chunk: int) -> Tensor:
         if chunk in self._mapped:
@@ -225,13 +310,21 @@ class _HookChunks:
             return self._mapped[chunk]
         made = self._made
         path = chunk_path(self._store, self._hook, chunk)
+        checksum = int(self._checksums[chunk])
+        if self._cached is not None:
+            self._cached.fetch(str(path.relative_to(self._store)))
         _refuse_link(self._store, path)
-        rows = map_chunk(
-            path, made.rows_per_chunk, made.d_model, made.dtype, checksum=int(self._checksums[chunk])
-        )
+        try:
+            rows = read_chunk(self._store, made, self._hook, chunk, checksum=checksum)
+        except StoreCorrupt:
+            if self._cached is None:
+                raise
+            # damaged on this machine, or just removed by another process that makes room
+            self._cached.fetch(str(path.relative_to(self._store)), again=True)
+            rows = read_chunk(self._store, made, self._hook, chunk, checksum=checksum)
         rows = rows[: self._n_rows - chunk * made.rows_per_chunk]
         self._mapped[chunk] = rows
-        if len(self._mapped) > MAX_MAPPED_CHUNKS:
+        if len(self._mapped) > self._most:
             self._mapped.popitem(last=False)
         return rows
 

@@ -16,7 +16,7 @@ Axis names used in the annotations of every package:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -58,6 +58,9 @@ TEST_SHARE = 0.1
 
 OUTLIER_FACTOR = 10.0
 """A row is an outlier if its norm exceeds this multiple of the train split's median norm."""
+
+PLAIN: dict[str, Any] = {"codec": "raw", "codec_configuration": {}, "codec_effect": {}, "derived_from": None}
+"""Attributes that a store may leave out, and what it is then."""
 
 DOCUMENT_COLUMNS = ("id", "source", "topic", "split", "n_tokens", "sha256")
 """Columns of documents.parquet that every store has; ``text`` may follow."""
@@ -116,6 +119,14 @@ class Provenance:
     """package versions that decide the bytes (torch, transformers, tcsae, ...)"""
     created: str
     """UTC day, YYYY-MM-DD: no finer, so that a second harvest of the same day is byte-identical"""
+    codec: str = "raw"
+    """how the rows of a chunk became its bytes: a name of `tcsae.store.codecs`"""
+    codec_configuration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """what a lossy codec was fitted to, by hook; empty for the others"""
+    codec_effect: dict[str, dict[str, float]] = field(default_factory=dict)
+    """by hook: ``ratio`` to the raw bytes and ``relative_error`` (squared, of the variance), of a sample"""
+    derived_from: dict[str, Any] | None = None
+    """``id`` of the store that this is a copy of, and its ``documents`` [start, stop); None for a harvest"""
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -132,8 +143,15 @@ class Provenance:
                 raise ConfigError(f"hooks: {hook!r} cannot name an array")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; tuples become lists."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """JSON form; tuples become lists. Fields that say that a store is a plain harvest are left out.
+
+        Those came later than format 1's first stores, whose `id` is a hash of this form.
+        """
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        for name, plain in PLAIN.items():
+            if values[name] == plain:
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> Provenance:
@@ -144,10 +162,10 @@ class Provenance:
         StoreCorrupt
             a field is missing or has a value that no writer writes
         """
-        missing = [f.name for f in fields(cls) if f.name not in values]
+        missing = [f.name for f in fields(cls) if f.name not in values and f.name not in PLAIN]
         if missing:
             raise StoreCorrupt(f"{where}: attributes lack {', '.join(missing)}; copy the store again")
-        known = {f.name: values[f.name] for f in fields(cls)}
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         known["hooks"] = tuple(known["hooks"])
         known["special_token_ids"] = tuple(known["special_token_ids"])
         try:

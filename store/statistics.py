@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.store.chunks import chunk_path, map_chunk
+from tcsae.store.chunks import read_chunk
 from tcsae.store.spec import OUTLIER_FACTOR, HookStatistics, Layout, Provenance
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
@@ -83,7 +83,7 @@ def train_statistics(store: Path, made: Provenance, layout: Layout, hook: str) -
     def blocks() -> Iterator[Float[Tensor, "row d_model"]]:
         for chunk, start in enumerate(range(0, layout.n_rows, size)):
             kept = train[start : start + size]
-            rows = map_chunk(chunk_path(store, hook, chunk), size, made.d_model, made.dtype)
+            rows = read_chunk(store, made, hook, chunk)
             yield rows[: len(kept)][kept]
 
     return statistics(blocks, made.d_model)

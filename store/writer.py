@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.store.atomic import exclusive, partial_file, remove_partials, write_atomically
-from tcsae.store.chunks import chunk_bytes, chunk_path, map_chunk, map_raw, write_chunk, write_raw
+from tcsae.store.atomic import exclusive, partial_file, remove_partials, sync_folders, write_atomically
+from tcsae.store.chunks import chunk_bytes, chunk_path, codec_of, is_finite, map_raw, write_chunk, write_raw
+from tcsae.store.codecs import Codec
 from tcsae.store.errors import ActivationError, StoreBusy, StoreCorrupt, StoreExists, StoreMismatch
 from tcsae.store.metadata import ROOT, Sizes, array_metadata, read_root, root_metadata, store_id
 from tcsae.store.reader import read_layout
@@ -29,6 +30,7 @@ from tcsae.store.spec import (
     CONTEXT_OFFSETS,
     DOCUMENT_OFFSETS,
     DOCUMENTS_FILE,
+    PLAIN,
     TOKENS,
     TORCH_DTYPES,
     Layout,
@@ -132,9 +134,11 @@ class StoreWriter:
                 f"{hook}, chunk {chunk}: expected {(stop - start, self.provenance.d_model)} rows"
             )
         stored = rows.detach().to("cpu", TORCH_DTYPES[self.provenance.dtype])
-        if not torch.isfinite(stored).all():
+        if not is_finite(stored):
             self._refuse(hook, start, rows, stored)
-        write_chunk(chunk_path(self.path, hook, chunk), stored, self.provenance.rows_per_chunk)
+        write_chunk(
+            chunk_path(self.path, hook, chunk), stored, self.provenance.rows_per_chunk, self._codec(hook)
+        )
 
     def finish(self) -> None:
         """Compute checksums and statistics of every hook and mark the store as complete.
@@ -142,6 +146,7 @@ class StoreWriter:
         Raises `StoreCorrupt` if a chunk is still missing.
         """
         tables = {}
+        sync_folders(self.path / ACTIVATIONS)
         for hook in self.provenance.hooks:
             paths = [chunk_path(self.path, hook, chunk) for chunk in range(self.n_chunks)]
             tables[hook] = np.array([self._verified(path) for path in paths], dtype="<u4")
@@ -171,18 +176,18 @@ class StoreWriter:
 
     def _is_good(self, hook: str, chunk: int) -> bool:
         try:
-            self._map(hook, chunk)
+            self._verified(chunk_path(self.path, hook, chunk))
         except StoreCorrupt:
             return False
         return True
 
     def _verified(self, path: Path) -> int:
         made = self.provenance
-        return map_raw(path, chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype))[1]
+        size = chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype) if made.codec == "raw" else None
+        return map_raw(path, size)[1]
 
-    def _map(self, hook: str, chunk: int) -> Float[Tensor, "row d_model"]:
-        made = self.provenance
-        return map_chunk(chunk_path(self.path, hook, chunk), made.rows_per_chunk, made.d_model, made.dtype)
+    def _codec(self, hook: str) -> Codec | None:
+        return None if self.provenance.codec == "raw" else codec_of(self.provenance, hook)
 
     def _refuse(
         self, hook: str, start: int, rows: Float[Tensor, "row d_model"], stored: Float[Tensor, "row d_model"]
@@ -205,10 +210,10 @@ class StoreWriter:
 
 def differences(begun: Provenance, asked: Provenance) -> list[str]:
     """Settings that differ between two provenances, each as "field: begun with ..., now ..."."""
-    old, new = begun.to_dict(), asked.to_dict()
+    old, new = PLAIN | begun.to_dict(), PLAIN | asked.to_dict()
     return [
         f"{name}: begun with {old[name]!r}, now {new[name]!r}"
-        for name in old
+        for name in {**old, **new}
         if name != "created" and old[name] != new[name]
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import torch
 
 from tcsae.harvest.corpus import read_corpus
+
+HOOKS = ("blocks.1.hook_resid_post", "blocks.0.hook_mlp_out")
+"""two hooks that the tiny GPT-NeoX model has"""
 
 
 def neox_tokenizer_file() -> Path:
@@ -55,3 +59,9 @@ def write_corpus(path: Path, n_documents: int = 40, parts: str = "boolq,coqa") -
     rows = [{"id": d.id, "text": d.text, "source": d.source, "topic": d.topic} for d in documents]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def hashes(store: Path) -> dict[str, str]:
+    """SHA-256 of every file of a store, by its path."""
+    files = sorted(path for path in store.rglob("*") if path.is_file())
+    return {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -48,13 +48,15 @@ def test_every_command_is_in_the_readme(name):
 def test_options_are_those_that_scripts_rely_on():
     """A new option is a promise: it is added here on purpose."""
     expected = {
-        "harvest": "corpus hook model context-length dtype precision max-tokens rows-per-chunk device resume dry-run "
-        "json",
+        "harvest": "corpus hook model context-length dtype precision max-tokens rows-per-chunk workers scheduler "
+        "device resume dry-run json",
         "train": "recipe config set tokens seeds device resume dry-run json",
         "evaluate": "store model suite split max-tokens seed device json",
         "recipes": "",
         "store info": "json",
         "store verify": "workers scheduler json",
+        "store copy": "hook documents rows compress resume json",
+        "store card": "out",
         "demo": "json",
     }
     assert set(commands()) == set(expected)

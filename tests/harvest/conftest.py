@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tcsae.harvest import LanguageModel, load_model
-from tcsae.tests.fixtures import save_neox, write_corpus
+from tcsae.harvest import HarvestConfig, LanguageModel, harvest, load_model
+from tcsae.store import ActivationStore
+from tcsae.tests.fixtures import HOOKS, save_neox, write_corpus
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,3 +44,23 @@ def smollm2() -> LanguageModel:
 def real_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty documents of real text as JSON lines."""
     return write_corpus(tmp_path_factory.mktemp("corpora") / "real.jsonl")
+
+
+@pytest.fixture(scope="session")
+def config(neox_folder: Path, real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
+    """Settings of a small float32 store of real text, in chunks that cut contexts in two."""
+    return HarvestConfig(
+        store=tmp_path_factory.mktemp("stores") / "reference.zarr",
+        model=str(neox_folder),
+        corpus=str(real_text),
+        hooks=HOOKS,
+        context_length=64,
+        dtype="float32",
+        rows_per_chunk=1000,
+    )
+
+
+@pytest.fixture(scope="session")
+def reference(config: HarvestConfig) -> ActivationStore:
+    """That store, harvested without interruption."""
+    return ActivationStore.open(harvest(config).path)

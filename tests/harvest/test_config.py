@@ -27,7 +27,10 @@ CASES = [
     ExpectFail({"context_length": 1}, "context_length: expected at least 2, got 1", "no room beside the BOS"),
     ExpectFail({"rows_per_chunk": 0}, "rows_per_chunk: expected at least 1", "chunks of no rows"),
     ExpectFail({"max_tokens": 1}, "max_tokens: expected at least 2", "a bound below any document"),
-    ExpectFail({"batch_tokens": 100}, "batch_tokens: expected at least the context length", "a small batch"),
+    ExpectFail({"workers": 0}, "workers: expected at least 1", "no worker"),
+    ExpectFail(
+        {"workers": 2, "scheduler": "tcp://h:1"}, "workers: expected none beside", "two kinds of workers"
+    ),
     ExpectFail({"model": " "}, "model: expected a name", "an empty model name"),
     ExpectFail({"corpus": ""}, "corpus: expected", "an empty corpus name"),
 ]

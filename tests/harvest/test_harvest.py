@@ -6,8 +6,7 @@ import hashlib
 import os
 import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.harvest import HarvestConfig, LanguageModel, dry_run, harvest, load_model, read_corpus, run
+from tcsae.harvest import HarvestConfig, LanguageModel, dry_run, harvest, load_model, plan, read_corpus, run
 from tcsae.store import ActivationStore
 from tcsae.store.errors import (
     ActivationError,
@@ -27,35 +26,25 @@ from tcsae.store.errors import (
     StoreMismatch,
     UnknownName,
 )
-from tcsae.tests.fixtures import save_neox
-
-HOOKS = ("blocks.1.hook_resid_post", "blocks.0.hook_mlp_out")
+from tcsae.tests.fixtures import HOOKS, hashes, save_neox
 
 
-@pytest.fixture(scope="session")
-def config(neox_folder: Path, real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
-    """Settings of a small float32 store of real text, in chunks that cut contexts in two."""
-    return HarvestConfig(
-        store=tmp_path_factory.mktemp("stores") / "reference.zarr",
-        model=str(neox_folder),
-        corpus=str(real_text),
-        hooks=HOOKS,
-        context_length=64,
-        dtype="float32",
-        rows_per_chunk=1000,
-    )
+@pytest.fixture(autouse=True)
+def models_already_loaded(
+    neox: LanguageModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Give a harvest the session's models, which would take longer to load than everything else together."""
 
+    def load(name: str, **options: Any) -> LanguageModel:
+        if name == neox.name:
+            return neox
+        found: LanguageModel = (
+            request.getfixturevalue(name) if name == "smollm2" else load_model(name, **options)
+        )
+        return found
 
-@pytest.fixture(scope="session")
-def reference(config: HarvestConfig) -> ActivationStore:
-    """That store, harvested without interruption."""
-    return ActivationStore.open(harvest(config).path)
-
-
-def hashes(store: Path) -> dict[str, str]:
-    """SHA-256 of every file of a store, by its path."""
-    files = sorted(path for path in store.rglob("*") if path.is_file())
-    return {str(p.relative_to(store)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    monkeypatch.setattr(run, "load_model", load)
+    monkeypatch.setattr(plan, "load_model", load)
 
 
 # --------------------------------------------------------------------- what the store holds
@@ -195,38 +184,6 @@ def test_a_dry_run_writes_nothing_and_foresees_the_store(
 
 # --------------------------------------------------------------------- interrupted and resumed
 
-KILLED = """
-import sys
-from pathlib import Path
-import torch
-from tcsae.harvest import HarvestConfig, harvest
-torch.set_num_threads(1)  # as in the process that made the reference: the last bits may depend on it
-store, model, corpus, hooks = sys.argv[1:]
-harvest(HarvestConfig(store=Path(store), model=model, corpus=corpus, hooks=tuple(hooks.split(",")),
-                      context_length=64, dtype="float32", rows_per_chunk=1000, resume=True))
-"""
-
-
-def test_a_store_killed_at_random_moments_and_resumed_has_the_same_bytes(
-    reference: ActivationStore, config: HarvestConfig, tmp_path: Path
-) -> None:
-    store = tmp_path / "killed.zarr"
-    command = [sys.executable, "-P", "-c", KILLED, str(store), config.model, config.corpus, ",".join(HOOKS)]
-    generator = np.random.default_rng()
-    codes = []
-    for n_files in (1, 5):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        # at a random moment after some chunk files are there: in a forward pass or while one is written
-        while process.poll() is None and len(list(store.glob("activations/*/c/*/0"))) < n_files:
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0, 0.02))
-        process.kill()
-        codes.append(process.wait())
-    assert -signal.SIGKILL in codes, "every run ended before it was killed; use more text"
-    summary = harvest(replace(config, store=store, resume=True))
-    assert 0 < summary.computed_chunks < summary.chunks
-    assert hashes(store) == hashes(reference.path)
-
 
 def test_sigterm_says_how_to_resume_and_keeps_the_finished_chunks(
     reference: ActivationStore, config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -316,13 +273,58 @@ def test_resuming_with_another_model_of_the_same_name_is_refused(
         harvest(replace(mine, resume=True))
 
 
-def test_a_full_disk_is_refused_before_anything_is_written(
-    config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", [harvest, dry_run], ids=["harvest", "dry run"])
+def test_a_disk_that_is_too_small_is_refused_with_the_numbers_before_anything_is_written(
+    command: Callable[[HarvestConfig], Any],
+    reference: ActivationStore,
+    config: HarvestConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "free_bytes", lambda _: 1_000_000)
-    with pytest.raises(DiskFull, match=r"expected [\d,]+ bytes free .* got 1,000,000"):
-        harvest(replace(config, store=tmp_path / "s"))
+    monkeypatch.setattr(plan, "free_bytes", lambda _: 1_000_000)
+    files = list(reference.path.glob("activations/*/c/*/0"))
+    expected = sum(path.stat().st_size for path in files)
+    message = f"expected {expected:,} bytes free .*{expected // 2:,} bytes a hook.* got 1,000,000"
+    with pytest.raises(DiskFull, match=message):
+        command(replace(config, store=tmp_path / "s"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_resume_counts_only_what_is_missing(
+    reference: ActivationStore, config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "free_bytes", lambda _: 0)
+    assert dry_run(replace(config, resume=True)).rows == reference.n_rows
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes, which only an administrator may make."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_whole_chunks_and_the_harvest_can_go_on(
+    small_disk: Path, reference: ActivationStore, config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = replace(config, store=small_disk / "s.zarr")
+    # Somebody else fills the disk after there was room.
+    monkeypatch.setattr(plan, "free_bytes", lambda _: 10**9)
+    with pytest.raises(DiskFull, match="--resume"):
+        harvest(mine)
+    assert not list(mine.store.rglob("*.partial"))
+    there = len(list(mine.store.glob("activations/*/c/*/0")))
+    assert there > 2
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    assert harvest(replace(mine, resume=True)).computed_chunks == 7 - there // len(HOOKS)
+    assert hashes(mine.store) == hashes(reference.path)
 
 
 def test_a_misspelt_hook_is_refused_before_anything_is_written(config: HarvestConfig, tmp_path: Path) -> None:
@@ -333,7 +335,7 @@ def test_a_misspelt_hook_is_refused_before_anything_is_written(config: HarvestCo
 
 def test_contexts_longer_than_the_model_reads_are_refused(config: HarvestConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected at most the 2048 tokens"):
-        harvest(replace(config, store=tmp_path / "s", context_length=4096, batch_tokens=4096))
+        harvest(replace(config, store=tmp_path / "s", context_length=4096))
 
 
 # --------------------------------------------------------------------- full size

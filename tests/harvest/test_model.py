@@ -128,6 +128,49 @@ def test_logits_of_smollm2_from_a_hook_equal_a_whole_pass(smollm2: LanguageModel
     check_edits(smollm2, ids, "blocks.9.hook_resid_post")
 
 
+@pytest.fixture(scope="module", params=["gptj", "bloom"])
+def tupled(
+    request: pytest.FixtureRequest, neox_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> LanguageModel:
+    """A tiny model whose blocks return tuples."""
+    from transformers import BloomConfig, GPTJConfig
+
+    special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.1}
+    config = (
+        GPTJConfig(vocab_size=50304, n_embd=32, n_layer=3, n_head=2, rotary_dim=8, n_positions=64, **special)
+        if request.param == "gptj"
+        else BloomConfig(vocab_size=50304, hidden_size=32, n_layer=3, n_head=2, **special)
+    )
+    folder = tmp_path_factory.mktemp("models") / str(request.param)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(neox_folder).save_pretrained(folder)
+    return load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_out", "blocks.1.hook_in"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_blocks_that_return_tuples_are_passed_over_too(
+    tupled: LanguageModel, ids: torch.Tensor, hook: str, rows: int
+) -> None:
+    check_edits(tupled, ids[:rows], hook)
+    assert tupled._resumable[hook]
+
+
+def test_a_model_that_cannot_pass_over_its_blocks_runs_whole(
+    neox: LanguageModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("blocks share keys and values")
+
+    hook = "blocks.1.hook_resid_post"
+    x = 0.5 * neox.residuals(ids, [hook])[hook]
+    monkeypatch.setattr(neox, "_resumable", {})
+    monkeypatch.setattr(neox, "_logits_above", fail)
+    assert torch.equal(neox.logits_from(ids, hook, x), neox.logits(ids, hook, lambda _: x))
+
+
 def test_the_layers_below_a_residual_hook_do_not_run_again(neox: LanguageModel, ids: torch.Tensor) -> None:
     x = neox.residuals(ids, ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"]
     neox.logits_from(ids, "blocks.1.hook_resid_post", x)  # the first call also checks the way

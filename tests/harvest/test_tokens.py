@@ -78,3 +78,14 @@ def test_a_tokenizer_that_adds_a_bos_by_itself_adds_none_here(smollm2: LanguageM
     tokens = tokenise(corpus_of(["Hello world, hello"]), smollm2.tokenizer, rows_per_context=9).layout.tokens
     assert not set(tokens.tolist()) & set(smollm2.special_token_ids)
     assert smollm2.tokenizer.decode(tokens) == "Hello world, hello"
+
+
+@pytest.mark.parametrize(
+    ("bound", "shown"), [(None, "2.00/3.00"), (6, "6.00/6.00")], ids=["in documents", "in tokens"]
+)
+def test_reading_shows_how_far_it_is(
+    bound: int | None, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = [Document(f"d{i}", t, "by hand", None) for i, t in enumerate(["a b c d", "e f"])]
+    tokenise(Corpus("by hand", lambda: iter(documents), 3), Words(), rows_per_context=9, max_tokens=bound)
+    assert shown in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from tcsae.store import ActivationStore, split_of
-from tcsae.store.errors import StoreNotFound, UnknownName
+from tcsae.store.dataset import Documents
+from tcsae.store.errors import ConfigError, StoreNotFound, UnknownName
 
 LENGTHS = [10, 40, 25, 25] * 10
 
@@ -118,3 +120,47 @@ def test_more_chunks_than_maps_are_kept_are_read_all_the_same(make_store, monkey
     store = make_store(values, [100], rows_per_chunk=10)
     assert torch.equal(store.rows(0, 100).float(), values)
     assert torch.equal(store.gather(torch.arange(99, -1, -1)).float(), values.flip(0))
+
+
+def test_windows_lie_in_one_context_and_every_one_is_as_likely(store, rows):
+    seen: dict[int, int] = {}
+    for start, window in itertools.islice(store.windows(20, np.random.default_rng(0)), 4000):
+        assert torch.equal(window, rows[start : start + 20])
+        seen[start] = seen.get(start, 0) + 1
+    # of each 100 rows, contexts [10, 35), [50, 75) and [75, 100) have 6 windows of 20 each: 180 in all
+    expected = {100 * block + first + i for block in range(10) for first in (10, 50, 75) for i in range(6)}
+    assert set(seen) == expected
+    assert 4 <= min(seen.values()) <= max(seen.values()) <= 45  # 22 expected
+
+
+def test_equal_generators_give_equal_windows_and_contexts_select(store):
+    def starts(contexts=None):
+        drawn = store.windows(20, np.random.default_rng(7), contexts=contexts)
+        return [start for start, _ in itertools.islice(drawn, 50)]
+
+    assert starts() == starts()
+    assert set(starts(np.array([1]))) <= set(range(10, 16))
+
+
+@pytest.mark.parametrize("length", [0, 26])
+def test_windows_that_no_context_holds_are_refused(store, length):
+    with pytest.raises(ConfigError, match="contexts have 1 to 25"):
+        next(store.windows(length, np.random.default_rng(0)))
+
+
+def test_chunks_come_once_each_in_an_order_of_the_generator(store, rows):
+    first = list(store.chunks(np.random.default_rng(1)))
+    assert sorted(start for start, _ in first) == [0, 300, 600, 900]
+    assert [len(chunk) for start, chunk in sorted(first, key=lambda c: c[0])] == [300, 300, 300, 100]
+    assert all(torch.equal(chunk, rows[start : start + len(chunk)]) for start, chunk in first)
+    assert [s for s, _ in first] == [s for s, _ in store.chunks(np.random.default_rng(1))]
+    orders = {tuple(s for s, _ in store.chunks(np.random.default_rng(seed))) for seed in range(8)}
+    assert len(orders) > 1
+
+
+def test_a_data_loader_reads_documents_in_spawned_workers(store, rows):
+    # Documents is importable, as what a spawned worker gets must be; a test module is not
+    loader = torch.utils.data.DataLoader(
+        Documents(store), batch_size=None, num_workers=1, multiprocessing_context="spawn", timeout=120
+    )
+    assert torch.equal(torch.cat(list(loader)), rows)

@@ -1,0 +1,103 @@
+"""The README.md of a store: what it is, from what it was made, and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tcsae.store.describe import Description, describe
+from tcsae.store.reader import ActivationStore
+
+MOST = 12
+"""lines of a table before it is cut"""
+
+
+def write_card(store: ActivationStore | str | Path, decode: Callable[[list[int]], str] | None = None) -> str:
+    """The card of a store as Markdown; writes no file (see `describe` for the parameters and errors)."""
+    about = describe(store, decode)
+    parts = [
+        f"# Activations of {about.model}",
+        f"{about.rows:,} activations of `{about.model}` in token order, with the boundaries of {about.documents:,} "
+        f"documents and {about.contexts:,} contexts: a Zarr v3 group with a Parquet table, format 1 of tcsae.",
+        _facts(about),
+        _hooks(about),
+        _documents(about),
+        *_examples(about),
+        _use(about),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(about: Description) -> str:
+    lines = [
+        ("id", f"`{about.id}`"),
+        ("model", about.model),
+        ("corpus", about.corpus),
+        ("rows x dimensions", f"{about.rows:,} x {about.d_model:,}"),
+        ("stored as", f"{about.dtype}, codec {about.codec}; forward pass in {about.precision}"),
+        ("chunk files a hook", f"{about.chunks:,}"),
+        ("uncompressed", f"{about.bytes / 1e9:,.3f} GB"),
+        ("made on", about.created),
+    ]
+    return _table(("", ""), lines)
+
+
+def _hooks(about: Description) -> str:
+    rows = []
+    for hook in about.hooks:
+        norms = about.norm_quantiles[hook]
+        effect = "as harvested"
+        if about.codec != "raw":
+            effect = f"{about.codec_ratio[hook]:.2f} x smaller, error {about.codec_error[hook]:.2g} of the variance"
+        quantiles = " / ".join(f"{norms[q]:.4g}" for q in ("0.01", "0.5", "0.99", "1.0"))
+        rows.append((f"`{hook}`", quantiles, f"{about.outliers[hook]:,}", effect))
+    header = ("hook", "norm: 1 % / median / 99 % / largest", "outliers", "codec, measured on a sample")
+    note = "Norms and outliers (more than ten times the median) are those of the train split."
+    return f"## Hooks\n\n{_table(header, rows)}\n\n{note}"
+
+
+def _documents(about: Description) -> str:
+    parts = ["## Documents"]
+    for name, counts in (
+        ("split", about.splits),
+        ("source", about.sources),
+        ("topic", about.documents_by_topic),
+    ):
+        rows = [(value, f"{n:,}") for value, n in counts.items()]
+        if len(rows) > MOST:
+            rest = sum(counts.values()) - sum(list(counts.values())[:MOST])
+            rows = [*rows[:MOST], (f"{len(rows) - MOST} more", f"{rest:,}")]
+        parts.append(_table((name, "documents"), rows))
+    return "\n\n".join(parts)
+
+
+def _examples(about: Description) -> list[str]:
+    if not about.examples:
+        return []
+    return ["## A few beginnings\n\n" + "\n".join(f"> {_cell(text)}\n" for text in about.examples).rstrip()]
+
+
+def _use(about: Description) -> str:
+    return f"""## Reading it
+
+```python
+from tcsae.store import ActivationStore
+
+store = ActivationStore.open("{about.path}")
+store.rows(0, 16, "{about.hooks[0]}")  # [16, {about.d_model}] {about.dtype}
+store.document(0, "{about.hooks[0]}")  # every token of the first document
+store.tokens, store.document_offsets, store.context_offsets, store.documents
+```
+
+`tcsae store verify` reads every byte and compares it with the checksums; `tcsae store copy` copies it, whole or
+in part. Any Zarr v3 reader opens it too{"" if about.codec in ("raw", "lossless") else " where tcsae is installed"}."""
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """``text`` on one line and without what Markdown would take for a border."""
+    return " ".join(text.split()).replace("|", "\\|")

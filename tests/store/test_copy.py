@@ -1,0 +1,158 @@
+"""Copies: same bytes or a valid smaller store, resumed where they stopped, complete only when verified."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from tcsae.store import ActivationStore
+from tcsae.store.copy import copy_store
+from tcsae.store.errors import (
+    ConfigError,
+    StoreCorrupt,
+    StoreExists,
+    StoreIncomplete,
+    StoreMismatch,
+    UnknownName,
+)
+from tcsae.store.verify import verify
+
+HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TCSAE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def store(make_store):
+    rows = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
+    return make_store(rows, [10, 40, 25, 25] * 10, hooks=HOOKS)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_whole_copy_has_the_same_bytes_and_id(store, tmp_path):
+    copied = copy_store(store.path, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(store.path)
+    assert (copied.id, copied.rows, copied.documents, copied.kept) == (store.id, 1000, 40, 0)
+
+
+def test_documents_hooks_and_rows_select(store, tmp_path):
+    # documents of 10, 40, 25, 25 rows: 2:6 are rows 50 to 150; rows 60:120 lie in documents 2 to 5
+    by_documents = copy_store(store.path, tmp_path / "a", documents=(2, 6), hooks=HOOKS[1:])
+    copy_store(store.path, tmp_path / "b", rows=(60, 120), hooks=HOOKS[1:])
+    part = ActivationStore.open(tmp_path / "a")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert (part.hooks, part.n_documents, by_documents.rows) == (HOOKS[1:], 4, 100)
+    assert torch.equal(part.rows(0, 100), store.rows(50, 150, HOOKS[1]))
+    assert part.tokens.tolist() == list(range(50, 150))
+    assert part.document_offsets.tolist() == [0, 25, 50, 60, 100]
+    assert part.documents["id"].to_pylist() == [f"document-{i}" for i in range(2, 6)]
+    assert part.provenance.derived_from == {"id": store.id, "documents": [2, 6]}
+    assert verify(part.path).problems == ()
+    kept = np.isin(np.arange(40), np.arange(2, 6)) & (np.array(store.documents["split"]) == "train")
+    train = np.repeat(kept, np.diff(store.document_offsets))
+    expected = store.rows(0, 1000, HOOKS[1])[torch.from_numpy(train)].double().mean(dim=0)
+    np.testing.assert_allclose(part.statistics().mean, expected.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("selection", "error", "message"),
+    [
+        pytest.param(
+            {"documents": (5, 5)}, ConfigError, "inside 0:40, not empty, got 5:5", id="no documents"
+        ),
+        pytest.param({"documents": (0, 41)}, ConfigError, "inside 0:40", id="more than there are"),
+        pytest.param({"rows": (0, 1001)}, ConfigError, "inside 0:1000", id="more rows than there are"),
+        pytest.param({"rows": (0, 1), "documents": (0, 1)}, ConfigError, "give one", id="both"),
+        pytest.param(
+            {"hooks": ("blocks.7.hook_resid_post",)}, UnknownName, "did you mean", id="another hook"
+        ),
+    ],
+)
+def test_what_cannot_be_selected_is_refused(store, tmp_path, selection, error, message):
+    with pytest.raises(error, match=message):
+        copy_store(store.path, tmp_path / "copy", **selection)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_copy_that_was_stopped_goes_on_where_it_was(store, tmp_path, monkeypatch):
+    written = []
+
+    def stop_after_five(self, name, content):
+        if name.startswith("activations") and "/c/" in name:
+            if len(written) == 5:
+                raise KeyboardInterrupt
+            written.append(name)
+        write(self, name, content)
+
+    from tcsae.store import copy
+
+    write = copy._Local.write
+    monkeypatch.setattr(copy, "THREADS", 1)
+    monkeypatch.setattr(copy._Local, "write", stop_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        copy_store(store.path, tmp_path / "copy")
+    monkeypatch.undo()
+    with pytest.raises(StoreIncomplete):
+        ActivationStore.open(tmp_path / "copy")
+    # of the five, one is damaged meanwhile
+    damaged = tmp_path / "copy" / written[2]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert copy_store(store.path, tmp_path / "copy", resume=True).kept == 4
+    assert contents(tmp_path / "copy") == contents(store.path)
+
+
+def test_a_damaged_source_is_named_and_nothing_is_complete(store, tmp_path):
+    chunk = store.path / "activations" / HOOKS[0] / "c" / "1" / "0"
+    chunk.write_bytes(b"x" + chunk.read_bytes()[1:])
+    with pytest.raises(StoreCorrupt, match=r"c/1/0: CRC-32C"):
+        copy_store(store.path, tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "zarr.json").read_text())["attributes"]["complete"] is False
+
+
+def test_what_lies_at_the_destination_is_safe(store, make_store, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("precious")
+    for resume in (False, True):
+        with pytest.raises(StoreExists, match="not a store"):
+            copy_store(store.path, tmp_path / "thesis", resume=resume)
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+    other = make_store(torch.zeros(50, 16), [50], name="other.zarr")
+    with pytest.raises(StoreExists, match="a finished store"):
+        copy_store(store.path, other.path)
+    with pytest.raises(StoreMismatch, match=f"begun as a copy of {other.id}"):
+        copy_store(store.path, other.path, resume=True)
+    with pytest.raises(ConfigError, match="is the source itself"):
+        copy_store(store.path, f"{store.path}/")
+
+
+def test_memory_urls_go_both_ways(store, tmp_path):
+    try:
+        copy_store(store.path, "memory://lab/store.zarr")
+        copy_store("memory://lab/store.zarr", tmp_path / "back")
+        assert contents(tmp_path / "back") == contents(store.path)
+        compressed = copy_store("memory://lab/store.zarr", "memory://lab/small.zarr", codec="int8")
+        assert compressed.ratio.keys() == set(HOOKS)
+        opened = ActivationStore.open("memory://lab/small.zarr")
+        assert opened.url == "memory://lab/small.zarr"
+        torch.testing.assert_close(
+            opened.rows(0, 1000, HOOKS[0]), store.rows(0, 1000, HOOKS[0]), atol=0.03, rtol=0
+        )
+        assert not list((tmp_path / "cache" / "staging").iterdir())
+    finally:
+        fsspec.filesystem("memory").rm("/lab", recursive=True)
+
+
+def test_an_unknown_protocol_says_what_to_install(store):
+    with pytest.raises(ConfigError, match="gopher"):
+        copy_store(store.path, "gopher://old/store.zarr")
