@@ -96,9 +96,16 @@ class Arm:
             "fvu": reconstruction.item(),
             "l0": len(coded.values) / n_tokens,
             "dead_share": sum(len(features) for features in dead) / len(sae.b_enc),
+            "n_pairs": contrast.n_pairs if contrast is not None else 0,
+        }
+        in_block = int((coded.active.feature < sae.block_size).sum())
+        terms |= {"l0_h": in_block / n_tokens, "l0_l": (len(coded.values) - in_block) / n_tokens}
+        terms |= {f"dead_{block}": 0 for block in ("h", "l")}
+        terms |= {
+            f"dead_{block}": len(features) for block, features in zip(sae.block_names, dead, strict=True)
         }
         if detailed:
-            terms |= self._details(batch, coded, dead, around, contrast, n_tokens)
+            terms |= self._details(batch, coded, around, contrast, n_tokens)
             terms |= {
                 "auxiliary": aux.item(),
                 "alpha": alpha,
@@ -161,7 +168,6 @@ class Arm:
         self,
         batch: Rows,
         coded: Coded,
-        dead: list[Tensor],
         around: Surroundings,
         contrast: Contrast | None,
         n_tokens: int,
@@ -174,27 +180,17 @@ class Arm:
         # Without keys the loss is 0 for want of anything to tell apart, which would look like success.
         loss = contrast.loss.item() if contrast is not None and around.ring.filled else math.nan
         found = {**(contrast._asdict() if contrast is not None else {}), "contrast": loss}
-        by_block = dict(zip(("h", "l") if self.sae.block_size else ("l",), range(2), strict=False))
         details = {
             "l2": error.mean().item() / in_raw_units,
             "l1": values.double().sum().item() / n_tokens / around.scaler.scale,
-            "l0_h": int(in_block.sum()) / n_tokens,
-            "l0_l": int((~in_block).sum()) / n_tokens,
             "energy_h": (energy[in_block].sum() / energy.sum()).item(),
             "outliers": int((~batch.valid).sum()),
             "ring_filled": around.ring.filled,
         }
         for block in ("h", "l"):
-            i = by_block.get(block)
-            details[f"dead_{block}"] = 0 if i is None else len(dead[i])
-            details[f"threshold_{block}"] = math.nan if i is None else float(self.sae.thresholds[i])
-        for field in (
-            "contrast",
-            "accuracy",
-            "accuracy_within_source",
-            "masked_share",
-            "empty_share",
-            "n_pairs",
-        ):
-            details[field] = found.get(field, 0 if field == "n_pairs" else math.nan)
+            details[f"threshold_{block}"] = math.nan
+        for block, threshold in zip(self.sae.block_names, self.sae.thresholds.tolist(), strict=True):
+            details[f"threshold_{block}"] = threshold
+        for field in ("contrast", "accuracy", "accuracy_within_source", "masked_share", "empty_share"):
+            details[field] = found.get(field, math.nan)
         return details

@@ -9,6 +9,7 @@ Legend: B tokens of a batch, W windows, D d_model.
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -108,6 +109,13 @@ class WindowLoader:
         self.windows_per_epoch = int((self._lengths // window).sum())
         self.windows_per_batch = batch_tokens // window
         self.n_tokens = int(lengths.sum())
+        n_eligible = np.maximum(self._lengths - min_position, 0)
+        self.most_eligible = int(n_eligible.max(initial=0))
+        """positions from ``min_position`` on of the longest context"""
+        # Eligible positions over those that one piece holds: then all are equally likely to be drawn.
+        weights = np.where(n_eligible > 0, np.maximum(n_eligible, window), 0)
+        self._piece_bounds: Int64Array = np.cumsum(weights)
+        self._eligible_per_piece = window * n_eligible.sum() / max(weights.sum(), 1)
         longest = int(lengths.max()) if len(lengths) else 0
         if not self.windows_per_epoch:
             raise ConfigError(
@@ -144,15 +152,20 @@ class WindowLoader:
         return self._read(starts, contexts)
 
     def ring_rows(self, step: int, n: int) -> Rows:
-        """About 1.5 ``n`` tokens for the ring after ``step``: random pieces of the train split.
+        """About 1.5 ``n`` tokens from ``min_position`` on for the ring after ``step``, in random pieces.
 
-        A piece is as long as a window and contiguous. The surplus makes up for tokens that are not eligible.
+        A piece is as long as a window and contiguous. Contexts of a window or more are drawn so that each
+        gives tokens in proportion to its positions from ``min_position`` on; within a context those near its
+        ends are in fewer pieces. The surplus makes up for outliers and special tokens. For stores with
+        `most_eligible` > 0.
         """
         stream = random_stream(self._seed, RING, step)
-        which = stream.integers(len(self._contexts), size=-(-3 * n // (2 * self._window)))
-        starts = self._store.context_offsets[self._contexts[which]] + stream.integers(
-            self._lengths[which] - self._window + 1
-        )
+        n_pieces = math.ceil(1.5 * n / self._eligible_per_piece)
+        drawn = stream.integers(self._piece_bounds[-1], size=n_pieces)
+        which = np.searchsorted(self._piece_bounds, drawn, side="right")
+        last = self._lengths[which] - self._window
+        first = np.minimum(self._min_position, last)
+        starts = self._store.context_offsets[self._contexts[which]] + stream.integers(first, last + 1)
         return self._read(starts, self._contexts[which])
 
     def state_dict(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on bit-exactly, in one safetensors file without pickle.
+"""Everything a run needs to go on, on the CPU bit-exactly, in one safetensors file without pickle.
 
 Tensors carry weights, optimisers, counters, thresholds, the ring and the tables so far; a JSON object in the
 file's header carries the step, the loader's place, the configuration and the store. Being one file, a
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as bytes_of_tensors
 from torch import Tensor
 
-from tcsae.store.atomic import partial_file
+from tcsae.store.atomic import write_atomically
 from tcsae.store.errors import RunError, RunMismatch
 from tcsae.train.arm import Arm
 
@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
 
     step: int
     facts: dict[str, Any]
-    """JSON values: configuration, store, loader, collapse counters"""
+    """JSON values: configuration, store, loader, collapse watch"""
     tensors: dict[str, Tensor]
 
 
@@ -41,8 +41,10 @@ def save_checkpoint(run: Path, step: int, facts: dict[str, Any], tensors: dict[s
     """Write the checkpoint after ``step`` steps, then delete all but the newest `KEPT`."""
     path = run / FOLDER / f"step-{step:08d}.safetensors"
     header = {"tcsae": json.dumps({"version": VERSION, "step": step, **facts})}
-    with partial_file(path) as beside:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, header)
+    # Not save_file: on a full disk it raises an error of its own and leaves a temporary file behind.
+    write_atomically(
+        path, bytes_of_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, header)
+    )
     for old in checkpoints(run)[:-KEPT]:
         old.unlink()
     return path

@@ -1,8 +1,8 @@
 """What a training run is told: one `ArmConfig` for each kind of SAE, one `TrainConfig` for the run.
 
 Both only reject; nothing is filled in, so the file that a run writes is what it was given. What depends on
-the length of the run or on the store is checked before the first step, by `tcsae.train.schedule` and
-`tcsae.train.batches`.
+the length of the run or on the store is checked before the first step, by `tcsae.train.schedule`,
+`ArmConfig.check_sizes` and `tcsae.train.batches`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class ArmConfig:
             if not getattr(self, field) > 0:
                 raise ConfigError(f"{self.name}: {field}: expected more than 0, got {getattr(self, field)}")
         _between(self.name, "temperature", self.temperature, 0.02, 1)
+        if self.block_share == 1:
+            raise ConfigError(f"{self.name}: block_share: expected less than 1, got {self.block_share}")
         if self.alpha > 0 and self.block_share == 0:
             raise ConfigError(f"{self.name}: alpha is {self.alpha} without a block; set block_share above 0")
         if self.alpha > 0 and self.window < 2:
@@ -89,6 +91,25 @@ class ArmConfig:
     def block_size(self, d_model: int) -> int:
         """Features of block H for activations of ``d_model`` dimensions; 0 without a block."""
         return int(self.block_share * self.features(d_model))
+
+    def check_sizes(self, d_model: int) -> None:
+        """Refuse blocks too small for their active features in activations of ``d_model`` dimensions.
+
+        >>> ArmConfig(name="a", expansion=2.0).check_sizes(16)
+        Traceback (most recent call last):
+            ...
+        tcsae.store.errors.ConfigError: a: block H has 6 of the 32 features (expansion 2.0 x d_model 16, \
+block_share 0.2) and keeps 8 per token; expected 1 to 6; lower k or raise expansion
+        """
+        n, size, k = self.features(d_model), self.block_size(d_model), self.block_k
+        split = [("block H", size, k), ("block L", n - size, self.k - k)]
+        for block, features, kept in split if self.block_share > 0 else [("the SAE", n, self.k)]:
+            if not 1 <= kept <= features:
+                raise ConfigError(
+                    f"{self.name}: {block} has {features} of the {n} features (expansion {self.expansion} x "
+                    f"d_model {d_model}, block_share {self.block_share}) and keeps {kept} per token; expected "
+                    f"1 to {features}; lower k or raise expansion"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tcsae.store import ActivationStore
-from tcsae.store.errors import ConfigError
+from tcsae.store.errors import ConfigError, Interrupted
 from tcsae.train.checkpoint import checkpoints, load_checkpoint
 from tcsae.train.config import TrainConfig
 from tcsae.train.interrupt import stop_on_signal
@@ -39,8 +39,8 @@ def train(
         arms, seeds, token budget; may be left out when resuming, which then takes the run's own
     resume
         go on from the newest checkpoint of a run that was begun with the same store and configuration: the
-        result is bit for bit that of an uninterrupted run on the same machine and number of threads. A
-        finished run is returned as it is.
+        result is, on the CPU, bit for bit that of an uninterrupted run on the same machine and number of
+        threads. A finished run is returned as it is.
     device
         "auto" (a GPU if there is one), or a torch device
 
@@ -52,11 +52,13 @@ def train(
     ------
     ConfigError
         before the first step: a schedule that the token budget cannot complete, a batch larger than the
-        train split, a window longer than every context
+        train split, a window longer than every context, a block with fewer features than it keeps, a
+        contrast without a possible pair
     TrainingCollapsed
-        a loss is not finite, no feature is active, or nearly all are dead for ``collapse_steps`` steps
+        a loss is not finite, no feature of a block is active, nearly all are dead for ``collapse_steps``
+        steps, or a contrast has had no pair for as many
     Interrupted
-        Ctrl-C or SIGTERM; the state is saved
+        Ctrl-C or SIGTERM; the state is saved. A second Ctrl-C stops at once; the newest checkpoint is named
     RunExists, RunNotFound, RunMismatch, RunBusy
         see `tcsae.train.run.writing`
     """
@@ -77,10 +79,19 @@ def train(
         tokens, epoch = config.steps * config.batch_tokens, training.loader.tokens_per_epoch
         if tokens > epoch:
             log.info("%d tokens are %.1f epochs of %d, each in a new order", tokens, tokens / epoch, epoch)
-        with stop_on_signal() as stop:
-            set_status(path, store, config, "running", training.done)
-            training.run(path, stop)
-            training.finish(path)
+        try:
+            with stop_on_signal() as stop:
+                set_status(path, store, config, "running", training.done)
+                training.run(path, stop)
+                training.finish(path)
+        except KeyboardInterrupt:
+            newest = checkpoints(path)[-1:]
+            set_status(path, store, config, "interrupted", training.done)
+            raise Interrupted(
+                f"{path}: stopped at once during step {training.done + 1}; "
+                f"{f'the newest checkpoint is {newest[0]}' if newest else 'there is no checkpoint yet'}, go on "
+                f"with `tcsae train {store.path} {path} --resume`"
+            ) from None
         return Run.open(path)
 
 

@@ -142,8 +142,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RunError(f"{path}: expected a JSON object, got {type(config).__name__}")
     for field, kind in (("architecture", str), ("d_in", int), ("d_sae", int)):
-        if not isinstance(config.get(field), kind):
-            raise RunError(f"{path}: field {field!r} is {config.get(field)!r}, expected {kind.__name__}")
+        _check_type(path, field, config.get(field), kind)
     if config["architecture"] not in ARCHITECTURES:
         raise UnknownName(
             f"{path}: unknown architecture {config['architecture']!r}, expected one of "
@@ -156,7 +155,20 @@ def _read_config(path: Path) -> dict[str, Any]:
             )
     if config.get("rescale_acts_by_decoder_norm", False):
         raise RunError(f"{path}: rescale_acts_by_decoder_norm is true, only false is read")
+    if config["architecture"] == "topk":
+        _check_type(path, "k", config.get("k"), int)
+    metadata = config.get("metadata") or {}
+    _check_type(path, "metadata", metadata, dict)
+    ours = metadata.get("tcsae", {})
+    _check_type(path, "metadata.tcsae", ours, dict)
+    for field, kind in (("block_size", int), ("weights_sha256", str), ("name", str)):
+        _check_type(path, f"metadata.tcsae.{field}", ours.get(field, kind()), kind)
     return config
+
+
+def _check_type(path: Path, field: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RunError(f"{path}: field {field!r} is {value!r}, expected {kind.__name__}")
 
 
 def _read_weights(path: Path, weights: bytes, config: dict[str, Any]) -> dict[str, Tensor]:

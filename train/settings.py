@@ -141,7 +141,10 @@ def _typed(where: str, value: Any, expected: Any) -> Any:
 
 
 def differences(begun: TrainConfig, asked: TrainConfig) -> list[str]:
-    """Each field that differs, as "field: begun with ..., now ..."; for `RunMismatch`."""
+    """Each field that differs, as "field: begun with ..., now ..."; for `RunMismatch`.
+
+    An arm's explanation decides nothing and is left out.
+    """
     found = [
         f"{f.name}: begun with {getattr(begun, f.name)!r}, now {getattr(asked, f.name)!r}"
         for f in fields(TrainConfig)
@@ -154,6 +157,6 @@ def differences(begun: TrainConfig, asked: TrainConfig) -> list[str]:
         found += [
             f"{before.name}.{f.name}: begun with {getattr(before, f.name)!r}, now {getattr(after, f.name)!r}"
             for f in fields(ArmConfig)
-            if getattr(before, f.name) != getattr(after, f.name)
+            if f.name != "explanation" and getattr(before, f.name) != getattr(after, f.name)
         ]
     return found

@@ -30,13 +30,13 @@ from tcsae.train.checkpoint import (
     restore_arms,
     save_checkpoint,
 )
-from tcsae.train.collapse import CollapseWatch
+from tcsae.train.collapse import CollapseWatch, Watched
 from tcsae.train.config import TrainConfig
 from tcsae.train.interrupt import Stop
 from tcsae.train.metrics import MACHINE, MACHINE_FILE, METRICS, METRICS_FILE, Log
 from tcsae.train.pairs import Pairs, sample_pairs
 from tcsae.train.plots import plot_training
-from tcsae.train.precision import linear_for
+from tcsae.train.precision import float32_linear, linear_for
 from tcsae.train.ring import Ring
 from tcsae.train.run import FIGURE_FILE, SAE_FOLDER, set_status
 from tcsae.train.saelens import save_sae
@@ -58,6 +58,7 @@ class Training:
             )
         for arm in config.arms:
             check_schedule(arm, config.steps)
+            arm.check_sizes(store.d_model)
         self.loader = WindowLoader(
             store,
             config.hook,
@@ -67,6 +68,13 @@ class Training:
             min_position=config.min_position,
             device=device,
         )
+        for arm in config.arms:
+            if arm.alpha > 0 and self.loader.most_eligible < 2:
+                raise ConfigError(
+                    f"{arm.name}: alpha is {arm.alpha}, but no context of {store.path}'s train split has two "
+                    f"positions from min_position = {config.min_position} on; lower min_position or harvest "
+                    "with a larger --context-length"
+                )
         self.arms = [Arm(arm, seed, store.d_model, device) for arm in config.arms for seed in config.seeds]
         self.ring = Ring(config.ring_size, store.d_model, TORCH_DTYPES[store.provenance.dtype], device)
         widest = max(arm.features(store.d_model) for arm in config.arms)
@@ -79,7 +87,14 @@ class Training:
         )
         self.done = 0
         self.metrics, self.machine = Log(METRICS), Log(MACHINE)
-        self._watch = CollapseWatch(config.collapse_steps)
+        watched = {
+            arm.name: Watched(
+                {name: b.stop - b.start for name, b in zip(arm.sae.block_names, arm.sae.blocks, strict=True)},
+                contrasts=arm.config.alpha > 0,
+            )
+            for arm in self.arms
+        }
+        self._watch = CollapseWatch(watched, config.collapse_steps)
         self._last_logged = (0, time.perf_counter())
 
     def run(self, folder: Path, stop: Stop) -> None:
@@ -124,7 +139,13 @@ class Training:
         return terms
 
     def feed(self, step: int, n: int) -> None:
-        """Push ``n`` random eligible activations of the train split into the ring."""
+        """Push ``n`` random eligible activations of the train split into the ring.
+
+        Fewer enter where more than a third of the positions are outliers or special tokens, none where no
+        context reaches ``min_position``.
+        """
+        if not self.loader.most_eligible:
+            return
         rows = self.loader.ring_rows(step, n)
         eligible = np.flatnonzero(rows.eligible)[:n]
         device = rows.raw.device
@@ -148,7 +169,7 @@ class Training:
             "store": self.store.id,
             "config": _as_json(self.config),
             "loader": self.loader.state_dict(),
-            "nearly_dead": self._watch.nearly_dead,
+            "watch": self._watch.lasting,
         }
         return save_checkpoint(folder, self.done, facts, tensors)
 
@@ -167,14 +188,15 @@ class Training:
         self.metrics.restore(as_bytes(saved.tensors["metrics"]))
         self.machine.restore(as_bytes(saved.tensors["machine"]))
         self.loader.load_state_dict(saved.facts["loader"])
-        self._watch.nearly_dead = saved.facts["nearly_dead"]
+        self._watch.lasting = saved.facts["watch"]
         self.done = saved.step
 
     def finish(self, folder: Path) -> None:
         """Calibrate the thresholds on train tokens, write the SAEs and the figure."""
         calibration = [self._valid_rows(self.loader.next()) for _ in range(CALIBRATION_BATCHES)]
         for arm in self.arms:
-            arm.sae.calibrate(calibration, self.around.linear)
+            # In float32 as the saved SAE, whatever the precision of the training.
+            arm.sae.calibrate(calibration, float32_linear)
             sae = arm.sae.to_inference(self.loader.scaler, name=arm.name, metadata=self._metadata(arm))
             save_sae(sae, folder / SAE_FOLDER / arm.name)
         plot_training(folder / METRICS_FILE, folder / FIGURE_FILE)
@@ -271,6 +293,8 @@ def timed_steps(training: Training, n: int) -> Iterator[float]:
 
 
 def _as_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as it comes back from JSON: tuples are lists."""
+    """What decides a run's result as it comes back from JSON: tuples are lists, explanations left out."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    for arm in values["arms"]:
+        del arm["explanation"]
     return values

@@ -104,6 +104,28 @@ def test_only_train_documents_are_read(numbered: ActivationStore) -> None:
         assert set(one.ring_rows(step, 32).document.tolist()) <= train
 
 
+def test_the_ring_gets_tokens_of_contexts_in_proportion_to_their_eligible_positions(
+    make_store: Callable[..., ActivationStore],
+) -> None:
+    # Contexts of 10 and of 25 tokens in turn; from position 4 on they have 6 and 21.
+    lengths = [10, 25] * 20
+    draw = torch.Generator().manual_seed(0)
+    store = make_store(torch.randn(sum(lengths), 4, generator=draw), lengths, dtype="float32")
+    one = WindowLoader(
+        store, None, window=8, batch_tokens=64, seed=0, min_position=4, device=torch.device("cpu")
+    )
+    of = np.diff(store.document_offsets)
+    long = short = 0
+    for step in range(200):
+        rows = one.ring_rows(step, 64)
+        assert rows.eligible.sum() >= 64
+        drawn = of[rows.document[rows.eligible]]
+        long, short = long + int((drawn == 25).sum()), short + int((drawn == 10).sum())
+    train = of[store.documents_in("train")]
+    expected = 21 * (train == 25).sum() / (6 * (train == 10).sum())
+    assert long / short == pytest.approx(expected, rel=0.1)
+
+
 def test_rows_are_normalised_to_mean_zero_and_square_norm_d_model(numbered: ActivationStore) -> None:
     one = loader(numbered)
     x = torch.cat([one.next().x for _ in range(100)]).double()

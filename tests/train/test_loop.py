@@ -30,6 +30,8 @@ from tcsae.train import ArmConfig, Run, TrainConfig, dry_run, load_config, load_
 from tcsae.train.arm import Arm
 from tcsae.train.batches import Rows
 from tcsae.train.plots import plot_training
+from tcsae.train.precision import Linear, float32_linear
+from tcsae.train.sae.batch_topk import BatchTopK
 from tcsae.train.training import Training
 
 CPU = torch.device("cpu")
@@ -139,7 +141,8 @@ def test_positives_are_not_among_the_keys_of_their_own_step(
 ) -> None:
     training = Training(sticky_store, small_config(), CPU)
     assert training.ring.filled == 0
-    training.step(detailed=True)
+    terms = training.step(detailed=True)
+    assert terms["tc8-s0"]["ring_filled"] == 0
     assert training.ring.filled == 32
     assert (training.ring.position[:32] >= 2).all()
 
@@ -155,6 +158,23 @@ REFUSED = [
     ({"batch_tokens": 8000, "tokens": 800_000}, "8000 tokens are 1000 windows of 8"),
     ({"arm": {"window": 32}}, "window: 32 tokens, but the longest context .* has 25"),
     ({"hook": "blocks.7.hook_resid_post"}, "did you mean: blocks.0.hook_resid_post"),
+    # F = round(4 * 16) = 64, block H int(0.25 * 64) = 16.
+    (
+        {"arm": {"k": 80, "block_k_share": 0.5}},
+        r"block H has 16 of the 64 features .*d_model 16, block_share 0.25\) and keeps 40 per token; expected "
+        "1 to 16",
+    ),
+    ({"arm": {"k": 66, "block_k_share": 0.1}}, "block L has 48 of the 64 .* and keeps 59 per token"),
+    ({"arm": {"block_share": 0.01}}, "block H has 0 of the 64 features .* and keeps 1 per token"),
+    (
+        {
+            "arms": (
+                ArmConfig(name="a", expansion=0.01, block_share=0.0, window=8, anchors=8, warmup_steps=4),
+            )
+        },
+        "the SAE has 0 of",
+    ),
+    ({"min_position": 24}, "tc8: alpha is 0.1, but no context .* two positions from min_position = 24 on"),
 ]
 
 
@@ -168,6 +188,11 @@ REFUSED = [
         "batch larger than the split",
         "window longer than every context",
         "unknown hook",
+        "block H smaller than its k",
+        "block L smaller than its k",
+        "block H without a feature",
+        "no feature at all",
+        "a contrast without two eligible positions",
     ],
 )
 def test_a_run_that_cannot_succeed_is_refused_before_anything_is_written(
@@ -225,10 +250,15 @@ def _silence(arm: Arm) -> None:
 
 
 def _age(arm: Arm) -> None:
+    # 192 features of block L, one of which fires: 99.5 % are dead. Block H is as before.
     arm.sae.silent.fill_(10**9)
     with torch.no_grad():
-        arm.sae.b_enc[1:16] = -1e6
-        arm.sae.b_enc[17:] = -1e6
+        arm.sae.b_enc[65:] = -1e6
+
+
+def _silence_h(arm: Arm) -> None:
+    with torch.no_grad():
+        arm.sae.b_enc[:64] = -1e6
 
 
 @pytest.mark.parametrize(
@@ -237,12 +267,18 @@ def _age(arm: Arm) -> None:
         (_nan, 640, "tc8-s0 collapsed at step 10: the loss is not finite"),
         (_silence, 640, r"tc8-s0 collapsed at step 10: no feature is active \(L0 = 0\)"),
         (
+            _silence_h,
+            640,
+            r"at step 10: no feature of block H is active \(L0 = 0\); .* l0_h 0, dead_h \d+ of 64",
+        ),
+        (
             _age,
             1,
-            "tc8-s0 collapsed at step 1[0-9]: more than 99% of the features have been dead for 3 steps",
+            "tc8-s0 collapsed at step 1[0-9]: more than 99% of the features of block L have been dead for 3 "
+            "steps; .* dead_l 191 of 192",
         ),
     ],
-    ids=["NaN", "L0 of 0", "nearly all dead"],
+    ids=["NaN", "L0 of 0", "L0 of 0 in block H", "nearly all dead"],
 )
 def test_a_collapsed_sae_stops_the_run_with_step_and_figures(
     sticky_store: ActivationStore,
@@ -262,6 +298,16 @@ def test_a_collapsed_sae_stops_the_run_with_step_and_figures(
     assert "step-00000007.safetensors" in str(caught.value)
     assert "dead_share" in str(caught.value)
     assert Run.open(tmp_path / "run").status == "collapsed"
+
+
+def test_a_contrast_that_stays_without_pairs_stops_the_run(
+    make_store: Callable[..., ActivationStore], small_config: ConfigFactory, tmp_path: Path
+) -> None:
+    # The two tokens of a pair differ in their ids; here there is one id alone.
+    x = torch.randn(900, 16, generator=torch.Generator().manual_seed(3))
+    store = make_store(x, [90] * 10, tokens=np.full(900, 7))
+    with pytest.raises(TrainingCollapsed, match="tc8-s0 .* step 6: the contrast has had no pair for 6 steps"):
+        train(store, tmp_path / "run", small_config(collapse_steps=6, log_every=40))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -337,6 +383,42 @@ def test_a_signal_saves_the_state_and_says_how_to_resume(
         name = "sae_weights.safetensors"
         assert (mine / name).read_bytes() == (theirs / name).read_bytes()
     assert resumed.metrics.read_bytes() == whole.metrics.read_bytes()
+
+
+def test_a_second_ctrl_c_names_the_newest_checkpoint(
+    sticky_store: ActivationStore,
+    small_config: ConfigFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def twice(_: Arm) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    _poison(monkeypatch, 11, twice)
+    message = r"during step 12; the newest checkpoint is .*step-00000007.safetensors, go on with `tcsae train"
+    with pytest.raises(Interrupted, match=message):
+        train(sticky_store, tmp_path / "run", small_config())
+    assert Run.open(tmp_path / "run").status == "interrupted"
+
+
+def test_thresholds_are_calibrated_in_the_precision_of_inference(
+    sticky_store: ActivationStore,
+    small_config: ConfigFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used = []
+    original = BatchTopK.calibrate
+
+    def record(self: BatchTopK, batches: list[torch.Tensor], linear: Linear) -> None:
+        used.append(linear)
+        original(self, batches, linear)
+
+    monkeypatch.setattr(BatchTopK, "calibrate", record)
+    short = small_config(tokens=8 * 128, arm={"warmup_steps": 2}, precision="bfloat16")
+    train(sticky_store, tmp_path / "run", short)
+    assert used == [float32_linear, float32_linear]
 
 
 def test_more_tokens_than_the_store_holds_are_whole_epochs_and_said_so(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tcsae.store import ActivationStore
 from tcsae.store.errors import RunError, RunMismatch
 from tcsae.train import TrainConfig, train
-from tcsae.train.checkpoint import checkpoints, load_checkpoint
+from tcsae.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from tcsae.train.loop import choose_device
 from tcsae.train.settings import to_toml
 from tcsae.train.training import Training
@@ -67,6 +70,22 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(
             assert last.tensors[name].equal(tensor), name
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_one_that_can_is_an_ordinary_file(
+    tmp_path: Path,
+) -> None:
+    tensors = {"x": torch.zeros(100_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))  # stands for a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, 1, {}, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    (tmp_path / "ordinary").touch()
+    assert save_checkpoint(tmp_path, 1, {}, tensors).stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 def test_a_damaged_checkpoint_is_named(
     sticky_store: ActivationStore, small_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -82,6 +101,8 @@ def test_a_checkpoint_of_another_configuration_or_store_is_refused_by_name(
 ) -> None:
     train(sticky_store, tmp_path / "run", small_config())
     saved = load_checkpoint(checkpoints(tmp_path / "run")[-1])
+    renamed = replace(small_config(), arms=tuple(replace(a, explanation="new") for a in small_config().arms))
+    Training(sticky_store, renamed, choose_device("cpu")).restore(saved)  # decides nothing
     other = Training(sticky_store, small_config(data_seed=1), choose_device("cpu"))
     with pytest.raises(RunMismatch, match="made with another data_seed"):
         other.restore(saved)

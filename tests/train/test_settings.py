@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ def test_a_wrong_file_is_refused_in_one_line(
         ({"alpha": 0.1, "block_share": 0.0}, "alpha is 0.1 without a block"),
         ({"alpha": 0.1, "window": 1}, "a positive needs at least 2 tokens"),
         ({"k": 2, "block_k_share": 0.1}, "gives block H 0 of them"),
+        ({"block_share": 1.0}, "block_share: expected less than 1, got 1.0"),
         ({"ramp_share": 1.5}, "ramp_share: expected 0 to 1, got 1.5"),
         ({"temperature": 0.001}, "temperature: expected 0.02 to 1"),
         ({"learning_rate": 0.0}, "learning_rate: expected more than 0"),
@@ -162,3 +163,9 @@ def test_differences_name_the_field_and_both_values() -> None:
         "data_seed: begun with 0, now 3",
         f"tc16.alpha: begun with {alpha}, now 0.5",
     ]
+
+
+def test_another_explanation_is_no_difference() -> None:
+    tc16 = load_recipe("tc16")
+    begun, asked = (TrainConfig(arms=(replace(tc16, explanation=text),)) for text in ("old", "new"))
+    assert differences(begun, asked) == []

@@ -99,6 +99,11 @@ class BatchTopK(nn.Module):
         self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64))
 
     @property
+    def block_names(self) -> tuple[str, ...]:
+        """What the terms of each of `blocks` end in."""
+        return ("h", "l") if self.block_size else ("l",)
+
+    @property
     def bias(self) -> Float[Tensor, " feature"]:
         """b_enc - W_enc b_dec: the encoder is x W_enc^T + bias."""
         return self.b_enc - self.W_enc @ self.b_dec

@@ -2,7 +2,8 @@
 
 With k of F features active, decoding and every weight gradient touch k / F of the entries. `Active` lists
 them by token and by feature; the two autograd functions below use whichever order they sum over. Each sum
-runs over one bag in a fixed order, so results are the same bits whatever the number of threads.
+runs over one bag in a fixed order, so on the CPU results are the same bits whatever the number of threads; a
+GPU adds in any order.
 
 Legend: B tokens, D d_model, F features, N active entries.
 """
