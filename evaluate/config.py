@@ -22,8 +22,8 @@ class EvaluateConfig:
     """run folders, single SAE folders or folders in SAELens' format, in any mixture"""
     out: Path
     """evaluation folder; finished results in it are kept when their settings are the same"""
-    store: Path
-    """activation store that the figures are computed on"""
+    store: str | Path
+    """activation store that the figures are computed on; a folder or a URL"""
     model: str | None = None
     """hub name, folder or packaged name of the model to replay; None: the store's own"""
     suites: tuple[Suite, ...] = SUITES

@@ -314,6 +314,13 @@ def core_results(
         figures["total_tokens_eval_sparsity_variance"] = n_positions
         metrics, undefined = saebench.by_category(figures)
         facts = {
+            "conditions": {
+                "store": held_out.store.id,
+                "split": held_out.split,
+                "max_tokens": max_tokens,
+                "n_bootstrap": n_bootstrap,
+                "seed": seed,
+            },
             "store": {"metrics": list(estimates), **from_store},
             "replay": {
                 "metrics": list(more),

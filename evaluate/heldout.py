@@ -73,6 +73,7 @@ class HeldOut:
     def __init__(self, store: ActivationStore, hook: str, split: EvaluatedSplit) -> None:
         self.store = store
         self.hook = hook
+        self.split = split
         self.documents: Indices = store.documents_in(split)
         if not len(self.documents):
             raise StoreMismatch(

@@ -14,7 +14,7 @@ from tcsae.evaluate.intervals import interval
 from tcsae.evaluate.summary import Row
 from tcsae.store.atomic import write_atomically
 
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Colours that stay apart for colour-blind readers; arms beyond the eighth begin again, hatched."""
 
 HATCHES = ("", "///", "...", "xxx")
@@ -154,7 +154,7 @@ def _draw(axes: Any, panel: Panel, bars: Sequence[Bar], arms: Sequence[str]) -> 
 
 def _limits(axes: Any, panel: Panel, bars: Sequence[Bar]) -> None:
     """The y range, with room for the figures above and below the bars."""
-    lowest = min((min(bar.low, bar.value) for bar in bars), default=0.0)
+    lowest = min((min(bar.low, bar.value, *bar.seeds) for bar in bars), default=0.0)
     highest = max((max(bar.high, bar.value, *bar.seeds) for bar in bars), default=1.0)
     if panel.metric == "explained_variance":
         # the source document's range; the margin keeps the figures clear of the frame

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -16,15 +16,19 @@ from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
 from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import Subject, control_of, find_saes, load_subject, with_unique_names
-from tcsae.evaluate.summary import Comparison, Evaluation, Row, write_summary
+from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
 from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of, temporal_result
 from tcsae.store.atomic import exclusive
-from tcsae.store.errors import Interrupted, RunBusy, StoreMismatch
+from tcsae.store.device import choose_device
+from tcsae.store.errors import ConfigError, Interrupted, RunBusy, StoreMismatch
 from tcsae.store.progress import progress
 from tcsae.store.reader import ActivationStore
 
 COMPARED_LAG = 8
 """Lag, in tokens, at which an SAE is compared with its control."""
+
+BRANCH_INPUTS = ("hook_resid_mid", "ln1.hook_in", "ln2.hook_in")
+"""Ends of the names of hooks that hold the residual stream, but only as the input of one branch off it."""
 
 RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
 """Compared with the control beside the autocorrelation: what the consistency cost."""
@@ -45,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     TrainingCollapsed
         an SAE holds NaN
     ConfigError
-        two SAEs have the same name
+        two SAEs have the same name, there is no such device, or an SAE cannot be spliced at its hook
     RunBusy
         another process writes to the same folder
     Interrupted
@@ -65,6 +69,10 @@ def evaluate_subjects(
     held_out = {
         hook: HeldOut(store, hook, config.split) for hook in dict.fromkeys(one.hook for one in subjects)
     }
+    # before anything is measured: the temporal suite alone can take long
+    choose_device(config.device)
+    if "core" in config.suites:
+        _check_spliceable(held_out)
     busy = RunBusy(f"{config.out}: another process is evaluating into this folder; wait or choose another")
     try:
         with exclusive(config.out / ".lock", busy):
@@ -120,7 +128,7 @@ def _temporal(
     results: dict[tuple[Suite, str], SuiteResult] = {}
     if not subjects:
         return results
-    device = _device(config.device)
+    device = choose_device(config.device)
     with progress(len(subjects), "SAE", "temporal") as bar:
         for one in subjects:
             result = temporal_result(
@@ -147,7 +155,7 @@ def _core(
     if not subjects:
         return results
     model = _load_model(config, store)
-    device = _device(config.device)
+    device = choose_device(config.device)
     by_hook: dict[str, list[Subject]] = {}
     for one in subjects:
         by_hook.setdefault(one.hook, []).append(one)
@@ -173,12 +181,14 @@ def _core(
     return results
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+def _check_spliceable(hooks: Iterable[str]) -> None:
+    for hook in hooks:
+        if hook.endswith(BRANCH_INPUTS):
+            raise ConfigError(
+                f"hook {hook}: read at the input of a norm, which the residual stream also goes past, so "
+                "nothing can be spliced into the stream there; use --suite temporal, or SAEs of "
+                "hook_resid_pre or hook_resid_post"
+            )
 
 
 def _load_model(config: EvaluateConfig, store: ActivationStore) -> ReplayModel:
@@ -310,13 +320,22 @@ def _finish(
         "batch_size": config.batch_size,
         **_settings(config),
     }
+    replayed = replayed_documents(rows)
+    left_out = {
+        one.hook: results["core", one.name].facts["store"]["n_outliers_left_out"]
+        for one in subjects
+        if "core" in config.suites
+    }
+    if replayed is not None:
+        conditions |= {"n_replayed_documents": replayed, "n_outliers_left_out": left_out}
     figure = config.out / "final_metrics.png" if "core" in config.suites else None
     if figure is not None:
         caption = (
-            f"{made.model}, {', '.join(held_out)}; {first.n_documents} {config.split} documents; error bars: "
-            "95 % bootstrap intervals over documents"
+            f"{made.model}, {', '.join(held_out)}; {first.n_documents} {config.split} documents, KL on "
+            f"{replayed} of them; error bars: 95 % bootstrap intervals over documents"
         )
-        final_metrics(rows, figure, caption)
+        n_outliers = sum(left_out.values())
+        final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))
     evaluation = Evaluation(config.out, tuple(rows), tuple(comparisons), conditions, figure)
     write_summary(evaluation)
     return evaluation

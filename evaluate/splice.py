@@ -65,15 +65,6 @@ class Splicer:
         """Log-probabilities of the next token with ``x`` at the hook, in float32."""
         return log_softmax_(self.model.logits_from(batch.input_ids, self.hook, x).float())
 
-    def spliced(
-        self,
-        batch: Batch,
-        x: Float[Tensor, "batch position d_model"],
-        replacement: Float[Tensor, "*broadcast d_model"],
-    ) -> Float[Tensor, "batch position vocab"]:
-        """Log-probabilities with ``replacement`` at the kept positions and ``x`` at the others."""
-        return self.log_probs(batch, torch.where(batch.keep[..., None], replacement.to(x.dtype), x))
-
     def is_bottleneck(self, one: Batch, x: Float[Tensor, "1 position d_model"]) -> bool:
         """Whether the logits depend on the text through the activation at the hook alone.
 
@@ -111,12 +102,14 @@ class Ablation:
     def log_probs(
         self, batch: Batch, x: Float[Tensor, "batch position d_model"]
     ) -> Float[Tensor, "batch position vocab"]:
-        """As `Splicer.spliced`; a view of one row for all where every row comes out the same.
+        """As `Splicer.log_probs`, the constant put into ``x``.
+
+        A view of one row for all where every row comes out the same.
 
         Batches must come with their longest row first (as `HeldOut.batches` gives them) for the one row to
         serve them all; a longer one later is run and kept in its place.
         """
-        ablated = torch.where(self._mask(batch), self._constant.to(x), x)
+        ablated = torch.where(self._mask(batch).to(x.device), self._constant.to(x), x)
         if not self._only_the_front_is_left(batch):
             return self._splicer.log_probs(batch, ablated)
         n_positions = ablated.shape[1]

@@ -145,30 +145,53 @@ def _digest(sae: SAE) -> str:
 
 
 def with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
-    """The subjects with the run's folder in front of every name that occurs twice.
+    """The subjects with the run's folder in front of the names of every arm that is not one.
+
+    An arm is prefixed whole, so its seeds stay together: if a name of it occurs twice, or if SAEs that were
+    not trained alike share its name.
 
     Raises
     ------
     ConfigError
-        two are still called the same; both folders are named
+        two are still called the same, or two of one arm are not alike; both folders are named
     """
     often = Counter(one.name for one in subjects)
+    alike: dict[str, Subject] = {}
+    torn = {
+        one.arm
+        for one in subjects
+        if often[one.name] > 1 or _kind(alike.setdefault(one.arm, one)) != _kind(one)
+    }
     named = [
         replace(one, name=f"{run_of(one)}-{one.name}", arm=f"{run_of(one)}-{one.arm}")
-        if often[one.name] > 1
+        if one.arm in torn
         else one
         for one in subjects
     ]
     first: dict[str, Subject] = {}
+    alike = {}
     for one in named:
         other = first.setdefault(one.name, one)
         if other is not one:
             raise ConfigError(
                 f"{other.where} and {one.where} are both called {one.name!r}; evaluate them into two folders"
             )
+        other = alike.setdefault(one.arm, one)
+        if _kind(other) != _kind(one):
+            raise ConfigError(
+                f"{other.where} and {one.where} are both of arm {one.arm!r}, but were not trained alike; "
+                "evaluate them into two folders"
+            )
         if "/" in one.name or one.name.startswith("."):
             raise ConfigError(f"{one.where}: {one.name!r} cannot name a file; rename the SAE in its cfg.json")
     return named
+
+
+def _kind(one: Subject) -> tuple[Any, ...]:
+    """What the seeds of one arm have in common."""
+    steps = (one.sae.metadata.get("tcsae") or {}).get("steps")
+    sizes = (one.sae.architecture, one.sae.k, one.sae.d_sae, one.sae.block_size)
+    return (dict(one.settings), steps, one.hook, *sizes)
 
 
 def run_of(one: Subject) -> str:
@@ -178,19 +201,14 @@ def run_of(one: Subject) -> str:
 
 
 def control_of(one: Subject, subjects: Sequence[Subject]) -> Subject | None:
-    """The control of ``one``: same seed, same sizes, same block, but trained with alpha = 0.
+    """The control of ``one``: same seed, sizes, block and sparsity, but trained with alpha = 0.
 
     None if ``one`` has no contrast itself, or there is no such SAE among ``subjects``. Of several, one whose
     other settings are the same comes first, then one of the same run.
     """
     if not one.alpha or not one.sae.block_size:
         return None
-    shape = (one.seed, one.sae.d_sae, one.sae.block_size, one.hook)
-    candidates = [
-        other
-        for other in subjects
-        if other.alpha == 0 and (other.seed, other.sae.d_sae, other.sae.block_size, other.hook) == shape
-    ]
+    candidates = [other for other in subjects if other.alpha == 0 and _shape(other) == _shape(one)]
     ignored = {"name", "explanation", "alpha"}
 
     def distance(other: Subject) -> tuple[int, bool]:
@@ -201,3 +219,9 @@ def control_of(one: Subject, subjects: Sequence[Subject]) -> Subject | None:
         )
 
     return min(candidates, key=distance, default=None)
+
+
+def _shape(one: Subject) -> tuple[Any, ...]:
+    """What a control has in common: without equal sparsity, consistency cannot be compared."""
+    sparsity = [one.settings.get(key) for key in ("architecture", "k", "block_k_share")]
+    return (one.seed, one.sae.d_sae, one.sae.block_size, one.hook, one.sae.architecture, one.sae.k, *sparsity)

@@ -102,6 +102,15 @@ class Evaluation:
         }
 
 
+def replayed_documents(rows: Sequence[Row]) -> int | None:
+    """Documents behind the figures of the model's replay, None where none was measured.
+
+    The replay stops at ``max_tokens``, so these are fewer than the store's figures rest on.
+    """
+    found = [row.estimates["loss_recovered"].n_documents for row in rows if "loss_recovered" in row.estimates]
+    return max(found, default=None)
+
+
 def _plain(estimate: Estimate) -> dict[str, Any]:
     return {name: value for name, value in asdict(estimate).items() if name != "metric"}
 

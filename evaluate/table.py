@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from tcsae.evaluate.estimates import Estimate
-from tcsae.evaluate.summary import Comparison, Evaluation, Row
+from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents
 from tcsae.evaluate.temporal import metric_name
 
 WIDTH = 120
-"""Columns that the table never exceeds; long names are cut with an ellipsis."""
+"""Columns that the table keeps to; long names are cut with an ellipsis, figures never."""
 
 TABLE_LAG = 8
 """Lag, in tokens, of the autocorrelation that the table shows."""
@@ -22,15 +22,24 @@ def table(evaluation: Evaluation) -> str:
     """One line an SAE with 95 % intervals over documents, then one a comparison with a control."""
     lines = _fitting(evaluation.rows)
     conditions = evaluation.conditions
+    replayed = replayed_documents(evaluation.rows)
+    n_outliers = sum(conditions.get("n_outliers_left_out", {}).values())
+    left_out = f" ({n_outliers} outlier rows left out)" if n_outliers else ""
+    spliced = (
+        ""
+        if replayed is None
+        else f"Loss recovered and KL: model replayed with the SAE spliced in, on {replayed} of them; the rest: "
+    )
     note = (
         f"{conditions['n_documents']} {conditions['split']} documents; in brackets 95 % bootstrap intervals over "
-        "them. Loss recovered and KL: model replayed with the SAE spliced in; the rest: stored activations. "
+        f"documents. {spliced}stored activations{left_out}. "
         f"ac{TABLE_LAG}: mean lag-{TABLE_LAG} autocorrelation of live features, ac{TABLE_LAG} H: of block H."
     )
     lines += textwrap.wrap(note, WIDTH)
     for comparison in evaluation.comparisons:
-        lines.append(_compared(comparison))
-    return "\n".join(line[:WIDTH].rstrip() for line in lines)
+        # a minus sign is no hyphen to break at
+        lines += textwrap.wrap(_compared(comparison), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -48,7 +57,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 )
 
 
-_SPARED = ("MSE/d", f"ac{TABLE_LAG}", "L0 H")
+_SPARED = ("MSE/d", f"ac{TABLE_LAG}", "L0 H", "KL score", "dead")
 """Columns left out, in this order, where the table would be too wide."""
 
 

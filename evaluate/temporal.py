@@ -174,7 +174,8 @@ def compare_with_control(
 ) -> tuple[Estimate, Estimate]:
     """Ratio and difference treated / control of one metric, resampled in pairs.
 
-    The ratio is undefined where the control's own draws reach zero: it has no bound there.
+    The ratio is undefined where the control reaches zero, in the sample, a resample or without one document:
+    it has no bound there.
     """
     names = f"{metric}_ratio", f"{metric}_difference"
     missing = "undefined, because the metric is undefined for one of the two"
@@ -187,11 +188,12 @@ def compare_with_control(
         treated.leave_one_out - control.leave_one_out,
     )
     difference = Estimate.of(names[1], "1", apart, n_documents)
-    if control.value <= 0 or np.mean(control.draws <= 0) > 0.025:
-        reason = "undefined, because the control's own interval reaches zero"
+    if min(control.value, control.draws.min(), control.leave_one_out.min()) <= 0:
+        reason = "undefined, because the control reaches zero in a resample"
         return Estimate.count(names[0], "1", None, n_documents, reason), difference
-    positive = np.maximum(control.draws, np.finfo(np.float64).tiny)
     times = interval(
-        treated.value / control.value, treated.draws / positive, treated.leave_one_out / control.leave_one_out
+        treated.value / control.value,
+        treated.draws / control.draws,
+        treated.leave_one_out / control.leave_one_out,
     )
     return Estimate.of(names[0], "1", times, n_documents), difference

@@ -15,7 +15,8 @@ from tcsae.harvest.bridge import Bare, Tap, boot, probe_tokens
 from tcsae.harvest.locate import Location, locate
 from tcsae.harvest.quiet import quiet
 from tcsae.harvest.weights import tokenizer_sha256, weights_sha256
-from tcsae.store.errors import ConfigError, UnknownName
+from tcsae.store.device import choose_device
+from tcsae.store.errors import UnknownName
 from tcsae.store.spec import Precision
 
 log = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ def load_model(name: str, *, precision: Precision = "float32", device: str = "au
         there is no such device
     """
     location = locate(name)
-    target = _device(device)
+    target = choose_device(device)
     if precision == "bfloat16" and not has_fast_bfloat16(target):
         log.warning(
             "this processor has no bfloat16 arithmetic: the forward pass will be up to 100 times slower "
@@ -276,16 +277,3 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu":
         return True
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"device: expected auto, cpu or a GPU that torch sees, got {name!r}: {str(error).splitlines()[0]}"
-        ) from error
-    return device

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from tcsae.store import ActivationStore
+from tcsae.store.device import choose_device
 from tcsae.train.config import TrainConfig
-from tcsae.train.loop import choose_device
 from tcsae.train.training import Training, peak_memory, timed_steps
 
 TIMED_STEPS = 3

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-
 from tcsae.store import ActivationStore
+from tcsae.store.device import choose_device
 from tcsae.store.errors import ConfigError, Interrupted
 from tcsae.train.checkpoint import checkpoints, load_checkpoint
 from tcsae.train.config import TrainConfig
@@ -93,15 +92,3 @@ def train(
                 f"with `tcsae train {store.path} {path} --resume`"
             ) from None
         return Run.open(path)
-
-
-def choose_device(device: str) -> torch.device:
-    """A torch device by name; "auto" takes a GPU if there is one. Raises `ConfigError` if it is absent."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: {device!r} cannot be used ({reason}); try --device cpu") from error
-    return torch.device(device)

@@ -16,7 +16,7 @@ import torch
 
 from tcsae.evaluate import EvaluateConfig, Evaluation, evaluate, table
 from tcsae.evaluate.saebench import CATEGORIES
-from tcsae.evaluate.subjects import subject
+from tcsae.evaluate.subjects import control_of, find_saes, load_subject, subject, with_unique_names
 from tcsae.harvest.model import LanguageModel
 from tcsae.store import ActivationStore
 from tcsae.store.errors import (
@@ -66,6 +66,16 @@ def an_sae(name: str, alpha: float, model: LanguageModel, **changes: Any) -> SAE
     return SAE(**(fields | changes))
 
 
+def save_seed(run: Path, model: LanguageModel, seed: int, **recipe: Any) -> Path:
+    """Save one seed of arm tc16 into a run; the SAE's folder."""
+    sae = an_sae("tc16", 1.0, model)
+    sae.name = f"tc16-s{seed}"
+    sae.metadata["tcsae"] |= {"seed": seed, "recipe": {"alpha": 1.0, "window": 16} | recipe}
+    folder = run / "sae" / sae.name
+    save_sae(sae, folder)
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path: Path, neox: LanguageModel) -> Path:
     """A run folder of two arms, one the control of the other."""
@@ -108,6 +118,19 @@ def test_the_core_file_has_saebenchs_envelope_every_category_and_every_field(eva
         stats["total_tokens_eval_reconstruction"]
         == 21 * 4 * body["eval_config"]["n_eval_reconstruction_batches"]
     )
+
+
+def test_the_core_file_says_what_sample_its_figures_rest_on(
+    evaluation: Evaluation, neox_store: ActivationStore
+) -> None:
+    body = json.loads((evaluation.out / "core" / "tc16-s0.json").read_text())
+    assert body["eval_result_unstructured"]["tcsae"]["conditions"] == {
+        "store": neox_store.id,
+        "split": "all",
+        "max_tokens": 200,
+        "n_bootstrap": 100,
+        "seed": 0,
+    }
 
 
 def test_repaired_figures_say_whether_they_come_from_the_store_or_the_replay(evaluation: Evaluation) -> None:
@@ -153,6 +176,23 @@ def test_the_table_fits_120_columns_and_names_every_arm(evaluation: Evaluation) 
     assert lines[2].startswith("batchtopk")
     assert lines[3].startswith("tc16")
     assert len({len(line) for line in lines[1:4]}) == 1
+
+
+def test_note_and_caption_name_the_replayed_documents(
+    run: Path, neox_store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr(
+        "tcsae.evaluate.run.final_metrics", lambda _rows, _path, caption: captions.append(caption)
+    )
+    found = evaluate(config_of(run, neox_store))
+    replayed = found.rows[0].estimates["loss_recovered"].n_documents
+    assert replayed < 40
+    assert found.conditions["n_replayed_documents"] == replayed
+    assert found.conditions["n_outliers_left_out"] == {HOOK: 0}
+    assert f"40 all documents, KL on {replayed} of them;" in captions[0]
+    assert "outlier" not in captions[0]
+    assert f"spliced in, on {replayed} of them" in " ".join(table(found).split())
 
 
 def test_the_figure_is_a_png_with_three_panels_worth_of_width(evaluation: Evaluation) -> None:
@@ -262,6 +302,26 @@ def test_an_sae_with_nan_weights_is_refused(neox: LanguageModel, neox_store: Act
         subject(an_sae("broken", 0, neox, b_enc=broken), neox_store, where="broken")
 
 
+@pytest.mark.parametrize("suite", ["core", "temporal"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_measured(
+    run: Path, neox_store: ActivationStore, suite: Any
+) -> None:
+    with pytest.raises(ConfigError, match="device: 'abacus'"):
+        evaluate(config_of(run, neox_store, suites=(suite,), device="abacus"))
+    assert not (run.parent / "out").exists()
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.hook_resid_mid", "blocks.1.ln2.hook_in"])
+def test_nothing_is_spliced_beside_the_residual_stream(
+    tmp_path: Path, make_store: StoreFactory, neox: LanguageModel, hook: str
+) -> None:
+    store = make_store(torch.randn(60, 16), [30, 30], context_rows=20, **made_by(neox) | {"hooks": (hook,)})
+    save_sae(an_sae("mid", 0, neox, metadata={"hook_name": hook}), tmp_path / "mid")
+    with pytest.raises(ConfigError, match=rf"{hook}.*--suite temporal"):
+        evaluate(config_of(tmp_path / "mid", store))
+    assert len(evaluate(config_of(tmp_path / "mid", store, suites=("temporal",))).rows) == 1
+
+
 def test_a_split_without_documents_is_refused(
     run: Path, make_store: StoreFactory, neox: LanguageModel
 ) -> None:
@@ -302,6 +362,50 @@ def test_two_saes_of_one_name_are_told_apart_by_their_runs_or_refused(
     assert [row.sae for row in found.rows] == ["batchtopk-s0", "run-tc16-s0", "second-tc16-s0"]
     with pytest.raises(ConfigError, match="both called"):
         evaluate(config_of(run, neox_store, saes=(run, run), suites=("temporal",)))
+
+
+def test_an_arm_whose_name_occurs_in_two_runs_keeps_its_seeds_together(
+    run: Path, tmp_path: Path, neox: LanguageModel, neox_store: ActivationStore
+) -> None:
+    save_seed(tmp_path / "run", neox, 1)
+    save_seed(tmp_path / "second", neox, 0)
+    paths = (run, tmp_path / "second")
+    found = with_unique_names([load_subject(folder, neox_store) for p in paths for folder in find_saes(p)])
+    assert [(one.arm, one.seed) for one in found] == [
+        ("batchtopk", 0),
+        ("run-tc16", 0),
+        ("run-tc16", 1),
+        ("second-tc16", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("window", "arms"), [(16, ["tc16", "tc16"]), (32, ["run-tc16", "second-tc16"])], ids=["alike", "not"]
+)
+def test_seeds_of_two_runs_are_one_arm_only_if_trained_alike(
+    tmp_path: Path, neox: LanguageModel, neox_store: ActivationStore, window: int, arms: list[str]
+) -> None:
+    folders = save_seed(tmp_path / "run", neox, 0), save_seed(tmp_path / "second", neox, 1, window=window)
+    found = with_unique_names([load_subject(folder, neox_store) for folder in folders])
+    assert [one.arm for one in found] == arms
+
+
+@pytest.mark.parametrize(
+    ("recipe", "found"),
+    [
+        pytest.param({}, True, id="equal sparsity"),
+        pytest.param({"k": 64}, False, id="another k"),
+        pytest.param({"block_k_share": 0.5}, False, id="another k of the block"),
+    ],
+)
+def test_a_control_has_equal_sparsity(
+    tmp_path: Path, neox: LanguageModel, neox_store: ActivationStore, recipe: dict[str, Any], found: bool
+) -> None:
+    sparsity = {"k": 32, "block_k_share": 0.25}
+    treated = load_subject(save_seed(tmp_path / "a", neox, 0, **sparsity), neox_store)
+    settings = sparsity | recipe | {"alpha": 0.0}
+    control = load_subject(save_seed(tmp_path / "b", neox, 0, **settings), neox_store)
+    assert (control_of(treated, [treated, control]) is control) == found
 
 
 def test_a_folder_without_saes_is_refused(tmp_path: Path, neox_store: ActivationStore) -> None:

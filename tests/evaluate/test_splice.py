@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,26 @@ def test_one_ablated_row_that_serves_all_gives_what_each_row_would(
         found = ablation.log_probs(batch, x)
         for row, length in enumerate(lengths):
             assert torch.allclose(found[row, :length], expected[row, :length], atol=1e-4)
+
+
+class OnAnotherDevice:
+    """A model whose activations and logits are on the meta device, as a GPU's are not on the CPU."""
+
+    vocab_size = VOCAB
+
+    def residuals(self, input_ids: torch.Tensor, hooks: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {hook: torch.empty(*input_ids.shape, 16, device="meta") for hook in hooks}
+
+    def logits_from(self, input_ids: torch.Tensor, hook: str, x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(*x.shape[:2], VOCAB, device=x.device)
+
+
+def test_batches_may_be_on_another_device_than_the_model() -> None:
+    batch = batch_of(some_rows(20, 15, inside_zero=True))
+    splicer = Splicer(OnAnotherDevice(), HOOK)
+    x = splicer.activations(batch)
+    found = Ablation(splicer, torch.zeros(16), everywhere=False).log_probs(batch, x)
+    assert (found.device.type, found.shape) == ("meta", (2, 20, VOCAB))
 
 
 def test_padding_changes_nothing_in_what_stands_before_it(replayed: ReplayModel) -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from tcsae.evaluate.estimates import Draws, Estimate
-from tcsae.evaluate.plots import OKABE_ITO, PANELS, bars_of, final_metrics
-from tcsae.evaluate.summary import Evaluation, Row
+from tcsae.evaluate.plots import OKABE_ITO, PANELS, Bar, Panel, _limits, bars_of, final_metrics
+from tcsae.evaluate.summary import Comparison, Evaluation, Row
 from tcsae.evaluate.table import WIDTH, table
+
+REPLAYED = ("loss_recovered", "kl_sae", "kl_score")
 
 
 def a_row(arm: str, seed: int, value: float, spread: float = 0.02) -> Row:
@@ -28,7 +31,8 @@ def a_row(arm: str, seed: int, value: float, spread: float = 0.02) -> Row:
         "autocorrelation_H_lag8": 0.1234,
     }
     estimates = {
-        name: Estimate(name, "1", v, v - spread, v + spread, 127, "bca", None) for name, v in names.items()
+        name: Estimate(name, "1", v, v - spread, v + spread, 31 if name in REPLAYED else 127, "bca", None)
+        for name, v in names.items()
     }
     kept = {"explained_variance": Draws(value, draws, value + np.array([-0.001, 0.001]))}
     return Row(f"{arm}-s{seed}", arm, seed, 6, estimates, kept)
@@ -44,11 +48,42 @@ def test_columns_are_aligned_and_fit_however_long_the_names() -> None:
     )
     lines = text.splitlines()
     assert max(map(len, lines)) <= WIDTH
-    assert lines[-1].endswith("of block H.")
+    assert " ".join(lines).endswith("of block H.")
     assert len({len(line) for line in lines[:1] + lines[2:4]}) == 1
     assert "0.780 [.760,.800]" in lines[2]
     assert "0.1234 [.1034,.1434]" in lines[2]
     assert "a-very-long-name-of…" in lines[3]
+
+
+def test_the_note_tells_the_replayed_documents_from_the_stored_ones_and_counts_what_is_left_out() -> None:
+    evaluation = evaluation_of(a_row("tc16", 0, 0.5))
+    note = " ".join(table(evaluation).splitlines()[3:])
+    assert note.startswith("127 test documents;")
+    assert "Loss recovered and KL: model replayed with the SAE spliced in, on 31 of them;" in note
+    assert "outlier" not in note
+    evaluation.conditions["n_outliers_left_out"] = {"hook": 17}
+    assert "stored activations (17 outlier rows left out)" in " ".join(table(evaluation).splitlines())
+
+
+def test_a_table_of_one_suite_says_nothing_of_a_replay() -> None:
+    row = a_row("tc16", 0, 0.5)
+    for name in REPLAYED:
+        del row.estimates[name]
+    assert "replayed" not in table(evaluation_of(row))
+
+
+def test_a_long_comparison_is_wrapped_and_no_figure_is_cut() -> None:
+    found = {
+        f"autocorrelation_H_lag8_{kind}": Estimate(kind, "1", value, -value, 3 * value, 127, "bca", None)
+        for kind, value in (("ratio", 12345.6), ("difference", -0.1234))
+    }
+    comparison = Comparison("a-long-name-of-an-arm-that-is-cut-s0", "another-long-name-of-an-arm-s0", found)
+    rows = (a_row("a-very-long-name-of-an-arm-" * 3, 11, -12345.678), a_row("tc16", 0, 0.5))
+    text = table(Evaluation(Path("out"), rows, (comparison,), {"n_documents": 127, "split": "test"}, None))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    words = " ".join(text.split())
+    assert "ratio 12345.6 [-12345.6,37036.8], difference -0.1234 [.1234,-.3702]" in words
+    assert "-12345.678 [-12345.698,-12345.658]" in words
 
 
 def test_what_is_missing_is_a_dash_and_a_column_of_dashes_is_left_out() -> None:
@@ -87,3 +122,12 @@ def test_the_figure_is_drawn_for_many_arms_and_odd_values(tmp_path: Path, value:
     rows = [a_row(f"arm-with-a-long-name-{i}", s, value + i / 50) for i in range(9) for s in (0, 1)]
     final_metrics(rows, tmp_path / "final_metrics.png", "caption")
     assert (tmp_path / "final_metrics.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.metric)
+def test_single_seeds_far_from_their_mean_are_inside_the_axes(panel: Panel) -> None:
+    axes = Figure().subplots()
+    _limits(axes, panel, [Bar("tc16", -1.5, -1.6, -1.4, (-4.0, 1.0))])
+    low, high = axes.get_ylim()
+    assert low < -4.0
+    assert high >= 1.0

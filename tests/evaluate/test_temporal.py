@@ -129,8 +129,17 @@ def test_ratio_and_difference_of_a_hand_made_pair() -> None:
 def test_a_ratio_to_a_control_that_may_be_zero_is_undefined_and_says_so() -> None:
     ratio, difference = compare_with_control("a", draws_about(0.1, 0.01), draws_about(0.01, 0.02), 9)
     assert ratio.value is None
-    assert ratio.reason == "undefined, because the control's own interval reaches zero"
+    assert ratio.reason == "undefined, because the control reaches zero in a resample"
     assert difference.value == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize("where", ["draws", "leave_one_out"])
+def test_a_single_resample_in_which_the_control_is_zero_is_enough(where: str) -> None:
+    treated, control = draws_about(0.12, 0.012), draws_about(0.04, 0.004)
+    getattr(control, where)[0] = 0.0
+    ratio, difference = compare_with_control("a", treated, control, 9)
+    assert (ratio.value, ratio.low, ratio.high) == (None, None, None)
+    assert difference.value == pytest.approx(0.08)
 
 
 def test_an_undefined_metric_makes_an_undefined_comparison() -> None:

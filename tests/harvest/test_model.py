@@ -128,20 +128,16 @@ def test_logits_of_smollm2_from_a_hook_equal_a_whole_pass(smollm2: LanguageModel
     check_edits(smollm2, ids, "blocks.9.hook_resid_post")
 
 
-@pytest.fixture(scope="module", params=["gptj", "bloom"])
-def tupled(
-    request: pytest.FixtureRequest, neox_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> LanguageModel:
-    """A tiny model whose blocks return tuples."""
-    from transformers import BloomConfig, GPTJConfig
+@pytest.fixture(scope="module")
+def tupled(neox_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """A tiny GPT-J, whose blocks return tuples."""
+    from transformers import GPTJConfig
 
     special: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.1}
-    config = (
-        GPTJConfig(vocab_size=50304, n_embd=32, n_layer=3, n_head=2, rotary_dim=8, n_positions=64, **special)
-        if request.param == "gptj"
-        else BloomConfig(vocab_size=50304, hidden_size=32, n_layer=3, n_head=2, **special)
+    config = GPTJConfig(
+        vocab_size=50304, n_embd=32, n_layer=3, n_head=2, rotary_dim=8, n_positions=64, **special
     )
-    folder = tmp_path_factory.mktemp("models") / str(request.param)
+    folder = tmp_path_factory.mktemp("models") / "gptj"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)

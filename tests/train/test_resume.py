@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from tcsae.store import ActivationStore
+from tcsae.store.device import choose_device
 from tcsae.store.errors import RunError, RunMismatch
 from tcsae.train import TrainConfig, train
 from tcsae.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from tcsae.train.loop import choose_device
 from tcsae.train.settings import to_toml
 from tcsae.train.training import Training
 

@@ -1,0 +1,26 @@
+"""Choosing a torch device by name, alike in every command."""
+
+from __future__ import annotations
+
+import torch
+
+from tcsae.store.errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """A torch device by name; "auto" takes a GPU if there is one. Raises `ConfigError` if it is absent.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device: expected auto, cpu or a GPU that torch sees, got {name!r} ({reason}); try --device cpu"
+        ) from error
+    return device
