@@ -2,8 +2,8 @@
 
 These are for comparison with published figures; `reconstruction` and `core` hold the repaired ones, which
 our own tables and plots quote. Where SAEBench runs its model in float32, the figures agree to 1e-4; in
-bfloat16, as for Gemma, its sums round more coarsely than that. Departures, in float32 all of them below 1e-4 or outside what
-SAEBench can be given:
+bfloat16, as for Gemma, its sums round more coarsely than that. Departures, in float32 all of them below 1e-4
+or outside what SAEBench can be given:
 
 - sums are taken in float64, not in the model's dtype;
 - both halves of the evaluation use the same batches (SAEBench's reset does not reset, so its sparsity and
