@@ -73,4 +73,5 @@ class UniformCodec(_FittedCodec):
 
 
 for _codec in (Int8Codec, UniformCodec):
-    register_codec(f"tcsae.{_codec.codec}", _codec, qualname=f"tcsae.{_codec.codec}")
+    # by its full name, as the entry point does, or zarr would take the two for rivals
+    register_codec(f"tcsae.{_codec.codec}", _codec)

@@ -79,10 +79,10 @@ def test_a_store_a_run_and_results_are_there(folder):
 
 def test_the_table_names_both_arms_with_intervals(folder):
     printed = (folder / "evaluate.out").read_text()
-    lines = {line.split()[0]: line for line in printed.splitlines() if line}
-    assert "[" in lines["block"]
-    assert "[" in lines["tc16"]
-    assert "ratio" in lines["tc16-s0"], printed
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.split()[1:2] == ["0"]}
+    assert set(rows) == {"block", "tc16"}, printed
+    assert all("[" in row for row in rows.values())
+    assert "tc16-s0 against block-s0" in printed
 
 
 def test_every_figure_has_an_interval_or_a_reason(folder):

@@ -396,9 +396,14 @@ def test_a_second_ctrl_c_names_the_newest_checkpoint(
         signal.raise_signal(signal.SIGINT)
 
     _poison(monkeypatch, 11, twice)
+    # a shell starts what it runs in the background with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     message = r"during step 12; the newest checkpoint is .*step-00000007.safetensors, go on with `tcsae train"
-    with pytest.raises(Interrupted, match=message):
-        train(sticky_store, tmp_path / "run", small_config())
+    try:
+        with pytest.raises(Interrupted, match=message):
+            train(sticky_store, tmp_path / "run", small_config())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert Run.open(tmp_path / "run").status == "interrupted"
 
 
