@@ -90,10 +90,7 @@ def harvest(
     device: DeviceOption = "auto",
     resume: ResumeOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
-    as_json: MOST_SHOWN = 10
-"""Entries of a table that are printed in one line; ``--json`` has them all."""
-
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a language model over documents once and store its activations in token order."""
     from tcsae.harvest import HarvestConfig
@@ -139,10 +136,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print steps, memory and time; write nothing.")
     ] = False,
-    as_json: MOST_SHOWN = 10
-"""Entries of a table that are printed in one line; ``--json`` has them all."""
-
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train SAEs on a store, all arms and seeds side by side in one pass over it."""
     from tcsae.store import ActivationStore
@@ -177,10 +171,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
     device: DeviceOption = "auto",
-    as_json: MOST_SHOWN = 10
-"""Entries of a table that are printed in one line; ``--json`` has them all."""
-
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Replay the model with SAEs spliced in; reconstruction, sparsity, KL and temporal consistency."""
     from tcsae.evaluate import EvaluateConfig, table
@@ -226,10 +217,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="One recipe, in full
 @store_app.command(epilog="Example: tcsae store info acts.zarr")
 def info(
     store: Annotated[str, typer.Argument(help="A finished store: a folder or a URL.")],
-    as_json: MOST_SHOWN = 10
-"""Entries of a table that are printed in one line; ``--json`` has them all."""
-
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what a store holds: model, corpus, rows, documents, hooks and their norms."""
     from tcsae.store import describe
@@ -242,10 +230,7 @@ def verify(
     store: Annotated[str, typer.Argument(help="A finished store: a folder or a URL.")],
     workers: Annotated[int, typer.Option(help="Processes that read chunks.")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler instead.")] = None,
-    as_json: MOST_SHOWN = 10
-"""Entries of a table that are printed in one line; ``--json`` has them all."""
-
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Read every byte of a store and compare it with what the store says of itself; exit 1 if it differs."""
     from tcsae.store.verify import verify as check
@@ -279,10 +264,7 @@ def copy(
         typer.Option(help="lossless, int8 (about 2 x), uniform (about 3.5 x), or raw; as it is if left out."),
     ] = None,
     resume: ResumeOption = False,
-    as_json: MOST_SHOWN = 10
-"""Entries of a table that are printed in one line; ``--json`` has them all."""
-
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Copy a store, whole or in part, verified at the far end before it counts as complete."""
     from tcsae.store.copy import copy_store
@@ -322,10 +304,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Folder for the store, the run and the results.")] = Path(
         "demo"
     ),
-    as_json: MOST_SHOWN = 10
-"""Entries of a table that are printed in one line; ``--json`` has them all."""
-
-JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Harvest, train and evaluate on SmolLM2-135M and real text; run again to go on after an interruption."""
     import tomllib
