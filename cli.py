@@ -104,7 +104,7 @@ def harvest(
         model=model,
         context_length=context_length,
         dtype=dtype,  # type: ignore[arg-type]  # the config rejects what is not one of its names
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]  # the same
         max_tokens=max_tokens,
         rows_per_chunk=rows_per_chunk,
         resume=resume,
@@ -184,7 +184,7 @@ def evaluate(
             store=store,
             model=model,
             suites=tuple(suite.split(",")),  # type: ignore[arg-type]  # the config rejects unknown names
-            split=split,  # type: ignore[arg-type]
+            split=split,  # type: ignore[arg-type]  # the same
             max_tokens=max_tokens,
             device=device,
             seed=seed,
