@@ -14,7 +14,6 @@ from tcsae.evaluate.references import identity_sae, mean_sae, zero_sae
 from tcsae.evaluate.splice import Ablation, ReplayModel, Splicer
 from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.store import ActivationStore
-from tcsae.store.errors import ModelNotFound
 
 from .conftest import HOOK, VOCAB
 
@@ -206,10 +205,7 @@ def test_the_replayed_activations_are_the_stored_ones(
 
 @pytest.mark.slow
 def test_identity_and_zero_on_a_pretrained_model() -> None:
-    try:
-        model = load_model("smollm2", device="cpu")
-    except ModelNotFound as error:
-        pytest.skip(str(error))
+    model = load_model("smollm2", device="cpu")
     hook = "blocks.9.hook_resid_post"
     generator = np.random.default_rng(0)
     bos = model.bos_token_id
