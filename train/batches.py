@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError, RunMismatch
-from tcsae.train.sae.batch_topk import Scaler
+from tcsae.train.scaler import Scaler
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,23 @@ the length of the run or on the store is checked before the first step, by `tcsa
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tcsae.store.errors import ConfigError
 
 Precision = Literal["auto", "float32", "bfloat16"]
+TrainedArchitecture = Literal["batchtopk", "topk", "matryoshka", "standard", "jumprelu", "gated"]
+Initialisation = Literal["tied", "kaiming", "xavier"]
+DecoderBias = Literal["mean", "geometric_median"]
+Objective = Literal["info_nce", "in_batch", "difference"]
+Positives = Literal["window", "previous", "earlier", "other_document"]
+Similarity = Literal["cosine", "dot"]
+ContrastedCode = Literal["before_top_k", "after_top_k"]
+
+SELECTING = ("batchtopk", "topk", "matryoshka")
+"""architectures that keep ``k`` features per token by construction"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,20 +36,55 @@ class ArmConfig:
     """one sentence for ``tcsae recipes``"""
     expansion: float = 4.0
     """features per dimension of the activation: F = round(expansion * D)"""
+    architecture: TrainedArchitecture = "batchtopk"
+    """how pre-activations become a code; standard is ReLU with an L1 penalty (see `tcsae.train.sae`)"""
     k: int = 32
-    """active features per token, on average over a batch"""
+    """active features per token, on average over a batch: kept by batchtopk, topk and matryoshka, the target
+    of jumprelu's penalty; standard and gated do not use it"""
     block_share: float = 0.2
     """share of the features in block H, 0-1; 0: no block, one top-k over all features"""
     block_k_share: float = 0.25
     """share of k that block H gets, 0-1; without a block not used"""
+    prefix_shares: tuple[float, ...] = ()
+    """matryoshka only: shares of the features, rising, that must reconstruct alone; all of them always do"""
+    sparsity_weight: float = 0.0
+    """standard and gated: weight of the L1 penalty, with activations scaled to E||x||^2 = 1; jumprelu: of
+    (L0 / k - 1)^2"""
+    sparsity_warmup_share: float = 0.1
+    """share of the run over which that weight rises from 0, 0-1"""
+    bandwidth: float = 0.1
+    """jumprelu only: width, in normalised units, around a threshold in which it gets a gradient"""
+    initial_threshold: float = 0.1
+    """jumprelu only: in normalised units"""
+    batch_norm: bool = False
+    """standard only: normalise each pre-activation and each dimension of the output over the batch; folded
+    into the weights when the SAE is saved"""
+    initialisation: Initialisation = "tied"
+    """of the weights (see `tcsae.train.sae.initial`)"""
+    decoder_bias: DecoderBias = "mean"
+    """where the decoder's bias begins: the store's mean, or the geometric median of a sample"""
+    unit_norm_decoder: bool = True
+    """keep the decoder's rows at norm 1 and take the gradient along them away"""
     window: int = 16
     """tokens of a window: positives lie in the anchor's window"""
     alpha: float = 0.0
-    """weight of the temporal contrastive loss; 0: none"""
+    """weight of the temporal term; 0: none"""
     ramp_share: float = 0.1
     """share of the run over which alpha rises from 0, 0-1"""
+    objective: Objective = "info_nce"
+    """the temporal term: info_nce against the ring; in_batch: InfoNCE against the other pairs of the step
+    (T-SAE); difference: the squared difference of anchor and positive"""
+    positives: Positives = "window"
+    """where a positive comes from: anywhere else in the window, the token before, any earlier token of the
+    window, or a token of another document (the placebo)"""
+    similarity: Similarity = "cosine"
+    """info_nce has only the cosine; in_batch also the plain dot product"""
+    contrasted_code: ContrastedCode = "before_top_k"
+    """block H's code that the temporal term sees: all of ReLU's, or what is kept and decodes"""
+    mask_documents: bool = True
+    """tokens of the anchor's own document are no negatives"""
     temperature: float = 0.1
-    """divides cosines in the contrast; 0.02-1"""
+    """divides similarities in the contrast; 0.02-1"""
     anchors: int = 256
     """anchors per step, whatever the window"""
     aux_k: int = 256
@@ -47,6 +93,15 @@ class ArmConfig:
     """weight of that auxiliary loss"""
     dead_after: int = 100_000
     """tokens without firing after which a feature counts as dead"""
+    resample_every: int = 0
+    """steps after which dead features begin anew at badly reconstructed tokens; 0: never"""
+    l2_weight: float = 0.0
+    """weight of the sum of squares of the encoder's and the decoder's weights"""
+    clip_norm: float = 0.0
+    """largest norm of the whole gradient; 0: no limit"""
+    average_decay: float = 0.0
+    """what an exponential moving average of the weights keeps of itself at each step, and which is then what
+    is saved, 0-1; 0: the weights themselves"""
     learning_rate: float = 4e-3
     """Adam's, at its highest"""
     warmup_steps: int = 50
@@ -59,24 +114,68 @@ class ArmConfig:
             raise ConfigError(f"name: expected letters, digits, '-' and '_', got {self.name!r}")
         for field in ("k", "window", "anchors", "dead_after"):
             _at_least(self.name, field, getattr(self, field), 1)
-        for field in ("warmup_steps", "aux_k", "alpha", "aux_weight"):
+        for field in (
+            *("warmup_steps", "aux_k", "alpha", "aux_weight", "resample_every", "l2_weight", "clip_norm"),
+            *("sparsity_weight", "initial_threshold"),
+        ):
             _at_least(self.name, field, getattr(self, field), 0)
-        for field in ("block_share", "block_k_share", "ramp_share", "decay_share"):
+        for field in (
+            *("block_share", "block_k_share", "ramp_share", "decay_share", "sparsity_warmup_share"),
+            "average_decay",
+        ):
             _between(self.name, field, getattr(self, field), 0, 1)
-        for field in ("expansion", "learning_rate"):
+        for field in ("expansion", "learning_rate", "bandwidth"):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"{self.name}: {field}: expected more than 0, got {getattr(self, field)}")
         _between(self.name, "temperature", self.temperature, 0.02, 1)
-        if self.block_share == 1:
-            raise ConfigError(f"{self.name}: block_share: expected less than 1, got {self.block_share}")
-        if self.alpha > 0 and self.block_share == 0:
-            raise ConfigError(f"{self.name}: alpha is {self.alpha} without a block; set block_share above 0")
-        if self.alpha > 0 and self.window < 2:
-            raise ConfigError(f"{self.name}: window: a positive needs at least 2 tokens, got {self.window}")
+        for field in ("block_share", "average_decay"):
+            if getattr(self, field) == 1:
+                raise ConfigError(f"{self.name}: {field}: expected less than 1, got 1.0")
+        self._check_architecture()
+        self._check_objective()
+
+    def _check_architecture(self) -> None:
+        """Refuse options of one architecture on another, and what an architecture cannot do without."""
+        name, kind = self.name, self.architecture
+        for field, of, given in (
+            ("prefix_shares", ("matryoshka",), bool(self.prefix_shares)),
+            ("sparsity_weight", ("standard", "gated", "jumprelu"), self.sparsity_weight > 0),
+            ("batch_norm", ("standard",), self.batch_norm),
+        ):
+            if given and kind not in of:
+                raise ConfigError(
+                    f"{name}: {field} = {getattr(self, field)}: architecture {kind} has no such option, only "
+                    f"{', '.join(of)}"
+                )
+        if kind == "matryoshka":
+            shares = (0.0, *self.prefix_shares, 1.0)
+            if len(shares) == 2 or any(a >= b for a, b in itertools.pairwise(shares)):
+                raise ConfigError(
+                    f"{name}: prefix_shares: expected one or more rising shares between 0 and 1, got "
+                    f"{list(self.prefix_shares)}"
+                )
+        if kind == "topk" and not self.unit_norm_decoder:
+            raise ConfigError(
+                f"{name}: unit_norm_decoder = false: a top-k over features of different norms cannot be saved "
+                "with unit rows; use batchtopk"
+            )
         if self.block_share > 0 and not 0 < self.block_k < self.k:
             raise ConfigError(
                 f"{self.name}: k = {self.k} with block_k_share = {self.block_k_share} gives block H "
                 f"{self.block_k} of them; each block needs at least 1"
+            )
+
+    def _check_objective(self) -> None:
+        """Refuse a temporal term that cannot be computed as asked."""
+        name = self.name
+        if self.alpha > 0 and self.block_share == 0:
+            raise ConfigError(f"{name}: alpha is {self.alpha} without a block; set block_share above 0")
+        if self.alpha > 0 and self.window < 2:
+            raise ConfigError(f"{name}: window: a positive needs at least 2 tokens, got {self.window}")
+        if self.objective == "info_nce" and (self.similarity != "cosine" or not self.mask_documents):
+            raise ConfigError(
+                f"{name}: similarity = {self.similarity}, mask_documents = {str(self.mask_documents).lower()}: "
+                "info_nce against the ring has the cosine and masks documents; use objective = in_batch"
             )
 
     @property
@@ -101,9 +200,10 @@ class ArmConfig:
         tcsae.store.errors.ConfigError: a: block H has 6 of the 32 features (expansion 2.0 x d_model 16, \
 block_share 0.2) and keeps 8 per token; expected 1 to 6; lower k or raise expansion
         """
-        n, size, k = self.features(d_model), self.block_size(d_model), self.block_k
-        split = [("block H", size, k), ("block L", n - size, self.k - k)]
-        for block, features, kept in split if self.block_share > 0 else [("the SAE", n, self.k)]:
+        n, size = self.features(d_model), self.block_size(d_model)
+        split = [("block H", size, self.block_k), ("block L", n - size, self.k - self.block_k)]
+        for block, features, k in split if self.block_share > 0 else [("the SAE", n, self.k)]:
+            kept = k if self.architecture in SELECTING else 1
             if not 1 <= kept <= features:
                 raise ConfigError(
                     f"{self.name}: {block} has {features} of the {n} features (expansion {self.expansion} x "

@@ -23,9 +23,13 @@ _INTEGERS = ("step", "tokens", "epoch", "seed", "n_pairs", "dead_h", "dead_l", "
 _FLOATS = (
     "loss",  # everything that is minimised, weights included
     "fvu",  # on the batch
+    "fit",  # what is minimised of it; more than fvu for matryoshka and gated
     "l2",  # mean ||x - x_hat||^2, raw units
     "auxiliary",  # AuxK, unweighted, summed over blocks
-    "contrast",  # InfoNCE in nats, unweighted; measured for arms that do not learn from it, too
+    "sparsity",  # penalty of standard, gated and jumprelu, unweighted
+    "sparsity_weight",  # at this step
+    "l2_penalty",  # sum of the weights' squares, unweighted; nan where it has no weight
+    "contrast",  # the temporal term, unweighted (InfoNCE in nats); measured where none learns from it, too
     "alpha",  # weight of the contrast at this step
     "l1",  # mean sum of the code, raw units
     "l0",  # active features per token
@@ -39,7 +43,7 @@ _FLOATS = (
     "accuracy_within_source",
     "masked_share",  # of (query, key) pairs
     "empty_share",  # of pairs
-    "gradient_norm",  # of reconstruction and AuxK
+    "gradient_norm",  # of everything but the temporal term
     "gradient_ratio",  # contrast's gradient norm relative to that
     "learning_rate",
 )

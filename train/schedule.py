@@ -1,4 +1,4 @@
-"""Learning rate and contrast weight as functions of the step alone, so resuming needs no state."""
+"""Learning rate and the weights of terms as functions of the step alone, so resuming needs no state."""
 
 from __future__ import annotations
 
@@ -44,8 +44,23 @@ def contrast_weight(arm: ArmConfig, step: int, steps: int) -> float:
     >>> [contrast_weight(ArmConfig(name="a", alpha=0.1, ramp_share=0.5), step, 4) for step in range(4)]
     [0.05, 0.1, 0.1, 0.1]
     """
-    ramp = round(arm.ramp_share * steps)
-    return arm.alpha * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
+    return arm.alpha * _risen(arm.ramp_share, step, steps)
+
+
+def sparsity_weight(arm: ArmConfig, step: int, steps: int) -> float:
+    """Weight of the sparsity penalty at ``step``: a linear rise over its warm-up, then constant.
+
+    >>> arm = ArmConfig(name="a", architecture="standard", sparsity_weight=0.04, sparsity_warmup_share=0.5)
+    >>> [sparsity_weight(arm, step, 4) for step in range(4)]
+    [0.02, 0.04, 0.04, 0.04]
+    """
+    return arm.sparsity_weight * _risen(arm.sparsity_warmup_share, step, steps)
+
+
+def _risen(share: float, step: int, steps: int) -> float:
+    """Share of its height that a linear rise over ``share`` of the run has reached after ``step``."""
+    ramp = round(share * steps)
+    return min(1.0, (step + 1) / ramp) if ramp else 1.0
 
 
 def _decay_steps(arm: ArmConfig, steps: int) -> int:

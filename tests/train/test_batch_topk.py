@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from tcsae.train.config import ArmConfig
 from tcsae.train.precision import float32_linear
-from tcsae.train.sae.batch_topk import BatchTopK, Scaler
+from tcsae.train.sae.batch_topk import BatchTopK
+from tcsae.train.scaler import Scaler
 
 
 def example(block: bool = True, seed: int = 0) -> BatchTopK:
-    sae = BatchTopK(
-        8,
-        24,
-        k=5,
-        block_size=6 if block else 0,
-        block_k=1 if block else 0,
-        generator=torch.Generator().manual_seed(seed),
+    config = ArmConfig(
+        name="a", expansion=3.0, k=5, block_share=0.25 if block else 0.0, block_k_share=0.2 if block else 0.0
     )
+    sae = BatchTopK(8, config, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for bias in (sae.b_enc, sae.b_dec):
             bias.normal_(std=0.1, generator=torch.Generator().manual_seed(seed + 1))
@@ -46,7 +44,7 @@ def test_gradients_equal_dense_autograd() -> None:
         torch.testing.assert_close(coded.reconstruction, reconstruction)
         target = torch.randn(40, 8, generator=torch.Generator().manual_seed(3))
         # The second term gives the active values a gradient of their own.
-        ((coded.reconstruction - target).square().sum() + coded.values.square().sum()).backward()
+        ((coded.reconstruction - target).square().sum() + coded.code.values.square().sum()).backward()
         ((reconstruction - target).square().sum() + code.square().sum()).backward()
         for (name, a), (_, b) in zip(sparse.named_parameters(), dense.named_parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
@@ -59,14 +57,14 @@ def test_tokens_that_do_not_count_get_no_active_entry() -> None:
     valid = torch.ones(40, dtype=torch.bool)
     valid[3] = False
     coded = sae(x, valid)
-    assert 3 not in coded.active.token
-    assert len(coded.values) == 39 * 5
+    assert 3 not in coded.code.active.token
+    assert len(coded.code.values) == 39 * 5
 
 
 def test_the_budget_is_split_between_the_blocks() -> None:
     coded = example()(torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), torch.ones(100) > 0)
-    assert int((coded.active.feature < 6).sum()) == 100
-    assert int((coded.active.feature >= 6).sum()) == 400
+    assert int((coded.code.active.feature < 6).sum()) == 100
+    assert int((coded.code.active.feature >= 6).sum()) == 400
 
 
 def test_the_parallel_gradient_is_removed_and_rows_stay_unit() -> None:
@@ -86,7 +84,7 @@ def test_the_parallel_gradient_is_removed_and_rows_stay_unit() -> None:
 def test_dead_counters_count_tokens_since_the_last_firing() -> None:
     sae = example()
     coded = sae(torch.randn(1, 8, generator=torch.Generator().manual_seed(2)), torch.ones(1) > 0)
-    fired = coded.active.feature
+    fired = coded.code.active.feature
     sae.after_step(coded, 1)
     sae.after_step(coded, 1)
     expected = torch.full((24,), 2)

@@ -30,7 +30,29 @@ ARM: dict[str, Any] = {
     "learning_rate": 1e-5,
     "warmup_steps": 3,
     "decay_share": 0.1,
+    "architecture": "jumprelu",
+    "sparsity_weight": 0.5,
+    "sparsity_warmup_share": 0.3,
+    "bandwidth": 0.2,
+    "initial_threshold": 0.3,
+    "initialisation": "xavier",
+    "decoder_bias": "geometric_median",
+    "unit_norm_decoder": False,
+    "objective": "in_batch",
+    "positives": "earlier",
+    "similarity": "dot",
+    "contrasted_code": "after_top_k",
+    "mask_documents": False,
+    "resample_every": 20,
+    "l2_weight": 1e-5,
+    "clip_norm": 1.5,
+    "average_decay": 0.99,
 }
+# What an arm of ARM's architecture cannot have.
+OTHERS: tuple[dict[str, Any], ...] = (
+    {"name": "nested", "architecture": "matryoshka", "prefix_shares": (0.1, 0.5)},
+    {"name": "normalised", "architecture": "standard", "batch_norm": True},
+)
 RUN: dict[str, Any] = {
     "seeds": (3, 1),
     "tokens": 12345,
@@ -48,13 +70,17 @@ RUN: dict[str, Any] = {
 
 
 def test_every_field_turned_away_from_its_default_survives_the_file(tmp_path: Path) -> None:
-    assert ARM.keys() == {f.name for f in fields(ArmConfig)}
+    assert ARM.keys() | OTHERS[0].keys() | OTHERS[1].keys() == {f.name for f in fields(ArmConfig)}
     assert RUN.keys() | {"arms"} == {f.name for f in fields(TrainConfig)}
     defaults = ArmConfig(name="default")
-    assert all(getattr(defaults, name) != value for name, value in ARM.items())
+    for values in (ARM, *OTHERS):
+        assert all(getattr(defaults, name) != value for name, value in values.items())
     run_defaults = TrainConfig(arms=(defaults,))
     assert all(getattr(run_defaults, name) != value for name, value in RUN.items())
-    config = TrainConfig(arms=(ArmConfig(**ARM), defaults), **(RUN | {"batch_tokens": 2048 + 16}))
+    config = TrainConfig(
+        arms=(ArmConfig(**ARM), *(ArmConfig(**o) for o in OTHERS), defaults),
+        **(RUN | {"batch_tokens": 2048 + 16}),
+    )
     (tmp_path / "config.toml").write_text(to_toml(config), "utf-8")
     assert load_config(tmp_path / "config.toml") == config
 

@@ -1,0 +1,188 @@
+"""What every trainable SAE shares: weights, blocks, dead counters, and the folding into inference form.
+
+Legend: B tokens, D d_model, F features, H features of the contrastive block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from tcsae.train.config import ArmConfig
+from tcsae.train.losses import fvu
+from tcsae.train.precision import Linear, float32_linear
+from tcsae.train.sae.code import Coded
+from tcsae.train.sae.inference import SAE, Architecture
+from tcsae.train.sae.initial import initial_weights
+from tcsae.train.sae.select import Block
+from tcsae.train.scaler import Scaler
+
+
+class Losses(NamedTuple):
+    """An architecture's own terms of the objective."""
+
+    fvu: Float[Tensor, ""]
+    """fraction of variance unexplained of the whole reconstruction: what is logged"""
+    fit: Float[Tensor, ""]
+    """what is minimised of it: the same, or with an architecture's further reconstructions"""
+    sparsity: Float[Tensor, ""]
+    """unweighted; 0 where the architecture fixes how many features are active"""
+
+
+class Parts(NamedTuple):
+    """The trained function in normalised units, in the form of `tcsae.train.sae.inference.SAE`.
+
+    pre = (x - b_dec) @ W_enc.T + b_enc;  x_hat = f @ W_dec + b_dec
+    """
+
+    architecture: Architecture
+    W_enc: Float[Tensor, "feature d_model"]
+    b_enc: Float[Tensor, " feature"]
+    W_dec: Float[Tensor, "feature d_model"]
+    b_dec: Float[Tensor, " d_model"]
+    threshold: Float[Tensor, " feature"] | None = None
+    k: int | None = None
+
+
+class TrainableSAE(nn.Module, ABC):
+    """A sparse autoencoder that is being trained, in normalised units.
+
+    Features 0 .. block_size - 1 are block H, the rest block L; without a block all are one.
+
+    Parameters
+    ----------
+    d_in
+        width D of the activations
+    config
+        the arm; `ArmConfig.check_sizes` has accepted ``d_in``
+    generator
+        draws the initial weights: the same for every arm of one initialisation
+    """
+
+    def __init__(self, d_in: int, config: ArmConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        d_sae, block_size, block_k = config.features(d_in), config.block_size(d_in), config.block_k
+        W_enc, W_dec = initial_weights(config, d_in, generator)
+        self.W_enc = nn.Parameter(W_enc)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.config = config
+        self.block_size = block_size
+        split = (Block(0, block_size, block_k), Block(block_size, d_sae, config.k - block_k))
+        self.blocks: tuple[Block, ...] = split if block_size else (Block(0, d_sae, config.k),)
+        self.silent: Tensor
+        self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64))
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """What the terms of each of `blocks` end in."""
+        return ("h", "l") if self.block_size else ("l",)
+
+    @property
+    def running_thresholds(self) -> Sequence[float]:
+        """One for each block, for the log; empty where the architecture has none."""
+        return ()
+
+    @property
+    def bias(self) -> Float[Tensor, " feature"]:
+        """b_enc - W_enc b_dec: the encoder is x W_enc^T + bias."""
+        return self.b_enc - self.W_enc @ self.b_dec
+
+    def preactivations(
+        self, x: Float[Tensor, "token d_model"], linear: Linear, out: Tensor | None = None
+    ) -> Float[Tensor, "token feature"]:
+        """W_enc (x - b_dec) + b_enc for every feature, without gradient; into ``out`` where given."""
+        with torch.no_grad():
+            return linear(x, self.W_enc, self.bias, out)
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "token d_model"],
+        valid: Bool[Tensor, " token"],
+        linear: Linear = float32_linear,
+        out: Tensor | None = None,
+    ) -> Coded:
+        """Code and reconstruct a batch; tokens that are not ``valid`` get no active entry.
+
+        ``out`` is memory of [token, feature] that may be overwritten.
+        """
+
+    def losses(
+        self,
+        x: Float[Tensor, "token d_model"],
+        coded: Coded,
+        weight: Float[Tensor, " token"],
+    ) -> Losses:
+        """The terms that this architecture minimises; tokens are weighted by ``weight``, 0 or 1."""
+        fit = fvu(x, coded.reconstruction, weight)
+        return Losses(fit, fit, fit.new_zeros(()))
+
+    def encoder_of(
+        self, features: slice | Int64[Tensor, " some"]
+    ) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, " some"]]:
+        """Weight and bias, with gradient, of some features' code before selection, ReLU(x W^T + bias)."""
+        W, b = self.W_enc[features], self.b_enc[features]
+        return W, b - W @ self.b_dec
+
+    def dead(self, dead_after: int) -> list[Int64[Tensor, " feature"]]:
+        """For each block, its features that have not fired for ``dead_after`` tokens."""
+        silent = self.silent >= dead_after
+        return [silent[b.start : b.stop].nonzero().flatten() + b.start for b in self.blocks]
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Take from W_dec's gradient the part along each row, which only the norm would feel."""
+        grad = self.W_dec.grad
+        if grad is not None and self.config.unit_norm_decoder:
+            grad.addcmul_((grad * self.W_dec).sum(dim=1, keepdim=True), self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def after_step(self, coded: Coded, n_tokens: int) -> None:
+        """Give W_dec's rows unit norm again where that is asked for; update the dead counters."""
+        if self.config.unit_norm_decoder:
+            self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
+        self.silent += n_tokens
+        self.silent[coded.code.fired()] = 0
+
+    def calibrate(self, batches: Iterable[Float[Tensor, "token d_model"]], linear: Linear) -> None:
+        """Fix what inference needs beside the weights, from train tokens; most architectures need nothing."""
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """The trained function in normalised units."""
+
+    @torch.no_grad()
+    def to_inference(self, scaler: Scaler, *, name: str, metadata: dict[str, Any]) -> SAE:
+        """The same function of raw activations, with the scaler and the decoder's norms folded in.
+
+        With y = (x - mean) s the code of y is z; the folded SAE's code of x is z / s, so decoding needs no
+        scale: x_hat = (z W_dec + b_dec) / s + mean. A row of W_dec of norm n becomes a unit row, and its
+        feature's code n times as large. A feature whose row is 0 reconstructs nothing and keeps its code.
+        """
+        architecture, W_enc, b_enc, W_dec, b_dec, threshold, k = self.parts()
+        norm = torch.linalg.vector_norm(W_dec, dim=1)
+        # Rows that have unit norm but for rounding stay as they are; a top-k ranks its codes as they are.
+        free = (norm > 0) & ((norm - 1).abs() > 1e-5)
+        size = torch.where(free, norm, torch.ones_like(norm))
+        if k is not None and free.any():
+            raise ValueError("a top-k SAE is exported with decoder rows of unit norm only")
+        factor = size / scaler.scale
+        return SAE(
+            architecture=architecture,
+            W_enc=(W_enc * size[:, None]).cpu().T.contiguous(),
+            b_enc=(b_enc * factor).cpu(),
+            W_dec=(W_dec / size[:, None]).cpu(),
+            b_dec=scaler.mean + b_dec.cpu() / scaler.scale,
+            threshold=None if threshold is None else (threshold * factor).cpu(),
+            k=k,
+            block_size=self.block_size,
+            name=name,
+            metadata=metadata,
+        )
