@@ -90,8 +90,8 @@ def test_a_feature_of_the_position_alone_is_explained_by_the_match() -> None:
     found = nmi(codes_of(documents), (1,))
     assert found[0].mean() > 0.05
     assert found[2].mean() == pytest.approx(found[0].mean(), rel=0.1)
-    # What permuting leaves of the position is taken away too: never too much is claimed.
-    assert -0.02 < excess(found).mean() < 0.003
+    # The standard error of one feature is about 0.007, of the mean of 8 0.0025.
+    assert abs(excess(found).mean()) < 0.008
 
 
 def test_pairs_stay_within_a_context_and_the_counts_equal_loops() -> None:
