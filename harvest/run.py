@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tcsae.harvest.batches import run_chunk
 from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.locate import canonical_name
@@ -19,10 +21,10 @@ from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.plan import check_space, make_plan, provenance_of
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint, release
 from tcsae.store.errors import Interrupted, StoreExists, StoreMismatch
-from tcsae.store.metadata import ROOT, read_root
+from tcsae.store.metadata import FIRST_BATCH, ROOT, read_root
 from tcsae.store.parallel import map_tasks
 from tcsae.store.progress import progress
-from tcsae.store.spec import Layout, Provenance
+from tcsae.store.spec import Provenance
 from tcsae.store.writer import StoreWriter, differences
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
     StoreExists
         there is something at the path and ``resume`` is not set
     StoreMismatch
-        the store to resume was begun with other settings; all that differ are named
+        the store to resume was begun with other settings, all that differ are named, or on a machine that
+        rounds differently
     StoreBusy
         another process is writing to the store
     DiskFull
@@ -95,9 +98,10 @@ def _begin(config: HarvestConfig) -> HarvestSummary:
     plan = make_plan(config, model)
     n_chunks = -(-plan.layout.n_rows // config.rows_per_chunk)
     check_space(config.store, plan.provenance, n_chunks)
-    compute = _way(config, model, plan.layout)
+    first = fingerprint(config, model, plan.layout)
+    compute = _way(config, model, first)
     del model  # with workers, which have their own, nothing holds it any more
-    with StoreWriter.create(config.store, plan.layout, plan.provenance) as writer:
+    with StoreWriter.create(config.store, plan.layout, plan.provenance, first_batch_sha256=first) as writer:
         return _compute(writer, writer.missing(), compute, dict(plan.skips.counts))
 
 
@@ -132,21 +136,34 @@ def _resume(config: HarvestConfig) -> HarvestSummary:
                 "ones or choose another path"
             )
         check_space(config.store, stored, len(missing))
-        compute = _way(config, model, writer.layout)
+        first = fingerprint(config, model, writer.layout)
+        _check_rounding(config, model, first)
+        compute = _way(config, model, first)
         del model
         return _compute(writer, missing, compute, {})
+
+
+def _check_rounding(config: HarvestConfig, model: LanguageModel, first: str) -> None:
+    """Raise `StoreMismatch` if the chunks that are there were computed with other last bits than here."""
+    begun = read_root(config.store).get(FIRST_BATCH, first)  # a store from before it was kept has none
+    if begun != first:
+        raise StoreMismatch(
+            f"{config.store}: begun on a machine that rounds differently: the first batch's activations have "
+            f"SHA-256 {begun[:12]}… there and {first[:12]}… here ({model.device}, "
+            f"{torch.backends.cpu.get_cpu_capability()}), so the store would be of two kinds; resume on a machine "
+            "of the first kind, or delete the store and harvest again"
+        )
 
 
 Compute = Callable[[StoreWriter, list[int], Callable[[int], Any]], None]
 """Computes and writes chunks of a store, and says after each step how many rows are done."""
 
 
-def _way(config: HarvestConfig, model: LanguageModel, layout: Layout) -> Compute:
+def _way(config: HarvestConfig, model: LanguageModel, first: str) -> Compute:
     """How chunks are computed: in this process with its model, or by workers, which load it themselves."""
     if config.workers == 1 and config.scheduler is None:
         return lambda writer, missing, on_rows: _compute_here(config, model, writer, missing, on_rows)
-    expected = fingerprint(config, model, layout)
-    return lambda writer, missing, on_rows: _compute_on_workers(config, expected, writer, missing, on_rows)
+    return lambda writer, missing, on_rows: _compute_on_workers(config, first, writer, missing, on_rows)
 
 
 def _compute_here(

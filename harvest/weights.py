@@ -68,8 +68,15 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        parts: object = tokenizer.get_vocab()
-    else:
-        whole = json.loads(backend.to_str())
-        parts = [whole[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+        return _json_sha256(tokenizer.get_vocab())
+    return backend_sha256(backend.to_str())
+
+
+def backend_sha256(tokenizer_json: str) -> str:
+    """`tokenizer_sha256` of a fast tokenizer by what it is saved as."""
+    whole = json.loads(tokenizer_json)
+    return _json_sha256([whole[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")])
+
+
+def _json_sha256(parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.plan import provenance_of
 from tcsae.store.errors import ConfigError, StoreMismatch
-from tcsae.store.reader import read_layout
+from tcsae.store.index import read_layout
 from tcsae.store.spec import Layout, Provenance
 from tcsae.store.writer import StoreWriter, differences
 

@@ -11,6 +11,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 
 from tcsae.store.errors import DiskFull, TcsaeError
@@ -34,14 +35,41 @@ def partial_file(path: Path, *, sync_folder: bool = True) -> Iterator[Path]:
     DiskFull
         the disk or the quota is full; the partial file is removed
     """
-    beside = path.with_name(path.name + PARTIAL)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with written_beside(path) as beside:
         yield beside
+    put_in_place(path, sync_folder=sync_folder)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Yield the name beside ``path``, to be written to now and put in place later (`put_in_place`).
+
+    If the block raises, what was written is removed; raises `DiskFull` as `partial_file` does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    with _removed_on_failure(path, beside):
+        yield beside
+
+
+def put_in_place(path: Path, *, sync_folder: bool = True) -> None:
+    """Sync what `written_beside` has left and rename it to ``path``; raises as `partial_file` does."""
+    beside = _beside(path)
+    with _removed_on_failure(path, beside):
         _sync(beside)
         beside.replace(path)
         if sync_folder:
             _sync(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+@contextmanager
+def _removed_on_failure(path: Path, beside: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -56,9 +84,14 @@ def write_atomically(path: Path, *parts: bytes | memoryview, sync_folder: bool =
     """Write ``parts`` one after the other to ``path``, whole or not at all (see `partial_file`)."""
     with partial_file(path, sync_folder=sync_folder) as beside, beside.open("wb", buffering=0) as file:
         for part in parts:
-            view = memoryview(part).cast("B")
-            while view.nbytes:
-                view = view[file.write(view) or 0 :]
+            write_all(file, part)
+
+
+def write_all(file: RawIOBase, part: bytes | memoryview) -> None:
+    """Write all of ``part``, however little of it each call to an unbuffered file takes."""
+    view = memoryview(part).cast("B")
+    while view.nbytes:
+        view = view[file.write(view) or 0 :]
 
 
 def sync_folders(root: Path) -> None:

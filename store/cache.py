@@ -14,11 +14,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from tcsae.store.atomic import PARTIAL, write_atomically
-from tcsae.store.errors import ConfigError, StoreCorrupt, StoreNotFound
+from tcsae.store.errors import ConfigError, StoreCorrupt, StoreError, StoreNotFound
 from tcsae.store.metadata import MAX_HEADER_BYTES, ROOT
 from tcsae.store.remote import RemoteFolder, Transfer
 from tcsae.store.spec import (
@@ -113,7 +113,8 @@ class CachedStore:
             ) from error
         # the id is in the name: a store that was replaced at the same URL does not meet its predecessor's chunks
         self.path = self._caches / "stores" / hashlib.sha256(name.encode()).hexdigest()[:24]
-        write_atomically(self.path / ROOT, root)
+        with self._alone(ROOT):
+            write_atomically(self.path / ROOT, root)
         # the size of the folder is looked up at the first chunk, then again whenever a tenth of the limit has come
         self._fetched = self._limit
         if attributes.get("complete"):
@@ -139,7 +140,7 @@ class CachedStore:
         if path.exists() and not again:
             _touch(path)
             return path
-        with waiting(self.path / ".locks" / hashlib.sha256(name.encode()).hexdigest()[:16]):
+        with self._alone(name):
             # another process may have fetched it meanwhile; a file to be replaced is fetched in any case
             if again or not path.exists():
                 self._make_room()
@@ -152,6 +153,18 @@ class CachedStore:
                 write_atomically(path, content)
                 self._fetched += len(content)
         return path
+
+    def _alone(self, name: str) -> AbstractContextManager[None]:
+        """Be the only process that writes file ``name``: they would write to one name beside it."""
+        return waiting(self.path / ".locks" / hashlib.sha256(name.encode()).hexdigest()[:16])
+
+    @contextmanager
+    def naming_the_url(self) -> Iterator[None]:
+        """Let errors of the block name the file at the URL, not its copy on this machine."""
+        try:
+            yield
+        except StoreError as error:
+            raise type(error)(str(error).replace(str(self.path), self.remote.url)) from error
 
     def _make_room(self) -> None:
         """Remove the chunks used longest ago until the caches are below their limit."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tcsae.store.describe import Description, describe
+from tcsae.store.effect import effect_on_saes
 from tcsae.store.reader import ActivationStore
 
 MOST = 12
@@ -53,7 +54,17 @@ def _hooks(about: Description) -> str:
         rows.append((f"`{hook}`", quantiles, f"{about.outliers[hook]:,}", effect))
     header = ("hook", "norm: 1 % / median / 99 % / largest", "outliers", "codec, measured on a sample")
     note = "Norms and outliers (more than ten times the median) are those of the train split."
-    return f"## Hooks\n\n{_table(header, rows)}\n\n{note}"
+    return "\n\n".join([f"## Hooks\n\n{_table(header, rows)}", note, *_effect(about)])
+
+
+def _effect(about: Description) -> list[str]:
+    """What the codec costs an SAE; nothing where no row is changed."""
+    if about.codec in ("raw", "lossless"):
+        return []
+    lines = "\n".join(f"- {sentence}" for sentence in effect_on_saes(about.codec))
+    return [
+        f"What `{about.codec}` costs a trained SAE, measured by benchmarks/codecs.py of tcsae:\n\n{lines}"
+    ]
 
 
 def _documents(about: Description) -> str:

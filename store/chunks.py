@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.store.atomic import partial_file
+from tcsae.store.atomic import put_in_place, write_all, written_beside
 from tcsae.store.codecs import Codec, make_codec
 from tcsae.store.errors import StoreCorrupt, UnknownName
 from tcsae.store.spec import ACTIVATIONS, TORCH_DTYPES, Dtype, Provenance
@@ -44,37 +44,31 @@ def chunk_bytes(rows_per_chunk: int, d_model: int, dtype: Dtype) -> int:
     return rows_per_chunk * d_model * TORCH_DTYPES[dtype].itemsize + CHECKSUM_BYTES
 
 
-def write_chunk(
-    path: Path, rows: Float[Tensor, "row d_model"], rows_per_chunk: int, codec: Codec | None = None
-) -> None:
-    """Write ``rows`` (already in the stored dtype) as one chunk file, whole or not at all.
+def encoded(rows: Float[Tensor, "row d_model"], rows_per_chunk: int, codec: Codec | None = None) -> Bytes:
+    """Body of the chunk file of ``rows`` (already in the stored dtype): without ``codec``, the rows' bytes.
 
-    Without ``codec`` the rows are written as they are.
-
-    Raises
-    ------
-    DiskFull
-        nothing is left behind
+    A view of ``rows`` where they are whole and uncompressed.
     """
     if len(rows) < rows_per_chunk:
         rows = torch.cat([rows, rows.new_zeros(rows_per_chunk - len(rows), rows.shape[1])])
-    # the folder is synced when the store is finished: a chunk whose rename was lost is one to compute again
-    body = rows.contiguous().view(torch.uint8).numpy().reshape(-1) if codec is None else codec.encode(rows)
-    write_raw(path, body, sync_folder=False)
+    return rows.contiguous().view(torch.uint8).numpy().reshape(-1) if codec is None else codec.encode(rows)
 
 
 def write_raw(path: Path, body: Bytes, *, sync_folder: bool = True) -> None:
     """Write ``body`` and its CRC-32C to ``path``, whole or not at all (see `atomic.partial_file`)."""
+    write_raw_beside(path, body)
+    put_in_place(path, sync_folder=sync_folder)
+
+
+def write_raw_beside(path: Path, body: Bytes) -> None:
+    """Write ``body`` and its CRC-32C beside ``path``, for `atomic.put_in_place`."""
     checksum = 0
-    with (
-        partial_file(path, sync_folder=sync_folder) as beside,
-        beside.open("wb", buffering=BLOCK_BYTES) as file,
-    ):
+    with written_beside(path) as beside, beside.open("wb", buffering=0) as file:
         for start in range(0, body.size, BLOCK_BYTES):
             block = body[start : start + BLOCK_BYTES]
             checksum = google_crc32c.extend(checksum, block)
-            file.write(block.data)
-        file.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
+            write_all(file, block.data)
+        write_all(file, checksum.to_bytes(CHECKSUM_BYTES, "little"))
 
 
 def is_finite(rows: Float[Tensor, "row d_model"]) -> bool:
@@ -101,12 +95,10 @@ def is_finite(rows: Float[Tensor, "row d_model"]) -> bool:
     )
 
 
-def map_chunk(
-    path: Path, rows_per_chunk: int, d_model: int, dtype: Dtype, *, checksum: int | None = None
-) -> Float[Tensor, "row d_model"]:
-    """Map a chunk file into memory without copying it, padding rows included (see `map_raw`)."""
-    body, _ = map_raw(path, chunk_bytes(rows_per_chunk, d_model, dtype), checksum=checksum)
-    return torch.from_numpy(body).view(TORCH_DTYPES[dtype]).view(rows_per_chunk, d_model)
+def map_chunk(path: Path, made: Provenance) -> Float[Tensor, "row d_model"]:
+    """Map a chunk file of raw rows, padding included, without checking its bytes (see `map_file`)."""
+    size = chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype)
+    return _as_rows(map_file(path, size)[:-CHECKSUM_BYTES], made)
 
 
 def read_chunk(
@@ -121,12 +113,17 @@ def read_chunk(
     """
     path = chunk_path(store, hook, chunk)
     if made.codec == "raw":
-        return map_chunk(path, made.rows_per_chunk, made.d_model, made.dtype, checksum=checksum)
+        size = chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype)
+        return _as_rows(map_raw(path, size, checksum=checksum)[0], made)
     body, _ = map_raw(path, None, checksum=checksum)
     try:
         return codec_of(made, hook).decode(body, made.rows_per_chunk, made.d_model)
     except ValueError as error:
         raise StoreCorrupt(f"{path}: cannot be decoded as {made.codec} ({error}); {MEND}") from error
+
+
+def _as_rows(body: Bytes, made: Provenance) -> Float[Tensor, "row d_model"]:
+    return torch.from_numpy(body).view(TORCH_DTYPES[made.dtype]).view(made.rows_per_chunk, made.d_model)
 
 
 def codec_of(made: Provenance, hook: str) -> Codec:
@@ -142,7 +139,7 @@ def codec_of(made: Provenance, hook: str) -> Codec:
 def map_raw(path: Path, n_bytes: int | None, *, checksum: int | None = None) -> tuple[Bytes, int]:
     """Map a file that `write_raw` wrote and check it: its body and its CRC-32C.
 
-    The whole file is read once for the check. The map is copy-on-write: writing to it never changes the file.
+    The whole file is read once for the check.
 
     Parameters
     ----------
@@ -156,16 +153,9 @@ def map_raw(path: Path, n_bytes: int | None, *, checksum: int | None = None) -> 
     Raises
     ------
     StoreCorrupt
-        the file is missing, has another size, or fails its checksum
+        as `map_file`, or the file fails its checksum
     """
-    try:
-        raw = np.memmap(path, dtype=np.uint8, mode="c")
-    except FileNotFoundError:
-        raise StoreCorrupt(f"{path}: chunk is missing; {MEND}") from None
-    except ValueError:  # an empty file cannot be mapped
-        raise StoreCorrupt(f"{path}: expected {n_bytes or 'more'} bytes, got 0; {MEND}") from None
-    if raw.size != (n_bytes or max(raw.size, CHECKSUM_BYTES)):
-        raise StoreCorrupt(f"{path}: expected {n_bytes or 'more'} bytes, got {raw.size}; {MEND}")
+    raw = map_file(path, n_bytes)
     body = raw[:-CHECKSUM_BYTES]
     stored = int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
     computed = int(google_crc32c.value(body))
@@ -176,3 +166,27 @@ def map_raw(path: Path, n_bytes: int | None, *, checksum: int | None = None) -> 
             f"{path}: CRC-32C {checksum:08x} expected, {stored:08x} found: another chunk's file; {MEND}"
         )
     return body, stored
+
+
+def map_file(path: Path, n_bytes: int | None) -> Bytes:
+    """Map a file of ``n_bytes``, or of any size that holds a checksum, without looking at its bytes.
+
+    The map is copy-on-write: writing to it never changes the file. It holds no file descriptor, of which a
+    process often may have only 1,024: `numpy.memmap` keeps one for each map.
+
+    Raises
+    ------
+    StoreCorrupt
+        the file is missing, has another size or cannot be mapped
+    """
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise StoreCorrupt(f"{path}: chunk is missing; {MEND}") from None
+    if found != (n_bytes or max(found, CHECKSUM_BYTES)):
+        raise StoreCorrupt(f"{path}: expected {n_bytes or 'more'} bytes, got {found}; {MEND}")
+    try:
+        mapped = torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise StoreCorrupt(f"{path}: cannot be mapped ({str(error).splitlines()[0]}); {MEND}") from error
+    return mapped.numpy()

@@ -32,5 +32,5 @@ class Documents(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Float[Tensor, "row d_model"]:
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.store.path}: document {index} of {len(self)}")
+            raise IndexError(f"{self.store.url}: document {index} of {len(self)}")
         return self.store.document(index, self.hook)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tcsae.store.chunks import chunk_bytes
 from tcsae.store.reader import ActivationStore
+from tcsae.store.space import hook_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,6 @@ def describe(
     if not isinstance(store, ActivationStore):
         store = ActivationStore.open(store)
     made = store.provenance
-    n_chunks = -(-store.n_rows // made.rows_per_chunk)
     statistics = {hook: store.statistics(hook) for hook in store.hooks}
     return Description(
         path=store.url,
@@ -106,8 +105,8 @@ def describe(
         d_model=made.d_model,
         dtype=made.dtype,
         precision=made.precision,
-        chunks=n_chunks,
-        bytes=n_chunks * len(made.hooks) * chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype),
+        chunks=-(-store.n_rows // made.rows_per_chunk),
+        bytes=len(made.hooks) * hook_bytes(made, store.n_rows),
         codec=made.codec,
         codec_ratio={hook: found["ratio"] for hook, found in made.codec_effect.items()},
         codec_error={hook: found["relative_error"] for hook, found in made.codec_effect.items()},

@@ -20,7 +20,7 @@
     │   ├── RunMismatch (ValueError)
     │   ├── RunBusy (BlockingIOError)
     │   └── TrainingCollapsed (ArithmeticError)   L0 = 0, NaN or nearly all features dead
-    ├── WorkersLost (RuntimeError)          worker processes died again and again on the same task
+    ├── WorkersLost (RuntimeError)          a worker process died, on a task again and again
     ├── DiskFull (OSError)                  nothing half-written is left behind
     └── Interrupted                         state is saved; exit 130
 
@@ -122,7 +122,7 @@ class TrainingCollapsed(RunError, ArithmeticError):
 
 
 class WorkersLost(TcsaeError, RuntimeError):
-    """Worker processes died again and again on the same task; what is finished is kept."""
+    """A worker process has died, where it can be retried again and again; what is finished is kept."""
 
 
 class DiskFull(TcsaeError, OSError):

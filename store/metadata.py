@@ -22,6 +22,7 @@ from tcsae.store.spec import (
     CHECKSUMS,
     CONTEXT_OFFSETS,
     DOCUMENT_OFFSETS,
+    DOCUMENTS_FILE,
     FORMAT,
     FORMAT_VERSION,
     TOKENS,
@@ -34,6 +35,18 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
 ROOT = "zarr.json"
+
+TABLE_DIGESTS = "table_sha256"
+"""Attribute: SHA-256 of the documents' table and of each index array's file, by name; older stores have none"""
+
+DIGESTED = (*(f"{array}/c/0" for array in (TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFFSETS)), DOCUMENTS_FILE)
+"""files that have one"""
+
+FIRST_BATCH = "first_batch_sha256"
+"""Attribute: SHA-256 over the first batch's activations as the harvest's processor computed them, before the cast"""
+
+PLANNED_ATTRIBUTES = (TABLE_DIGESTS, FIRST_BATCH)
+"""Attributes that are written with the plan and kept by `StoreWriter.finish`; not part of the id."""
 
 MAX_HEADER_BYTES = 64 * 2**20
 """A root group larger than this is refused: 64 hooks of 16,384 dimensions stay well below."""
@@ -141,6 +154,25 @@ def store_id(
     for values in (tokens.astype("<i4"), *checksums):
         identity.update(np.ascontiguousarray(values).tobytes())
     return identity.hexdigest()[:16]
+
+
+def table_digests(store: Path) -> dict[str, str]:
+    """SHA-256 of the documents' table and of the files of the index arrays that a plan writes, by name."""
+    return {name: file_sha256(store / name) for name in DIGESTED}
+
+
+def recorded_digests(attributes: dict[str, Any], where: str) -> dict[str, str]:
+    """The SHA-256 by file name that ``attributes`` record, none for an older store; raises `StoreCorrupt`."""
+    found = attributes.get(TABLE_DIGESTS, {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise StoreCorrupt(f"{where}: {TABLE_DIGESTS}: expected SHA-256 by file name; copy the store again")
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_root(store: Path) -> dict[str, Any]:

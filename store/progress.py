@@ -8,7 +8,9 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(total: int | None, unit: str, description: str, initial: int = 0) -> tqdm[Any]:
+def progress(
+    total: int | None, unit: str, description: str, initial: int = 0, *, is_shown: bool = True
+) -> tqdm[Any]:
     """A progress bar on stderr that shows rate and time left.
 
     Parameters
@@ -21,6 +23,8 @@ def progress(total: int | None, unit: str, description: str, initial: int = 0) -
         the stage's name, at the left of the bar
     initial
         units that an earlier, interrupted call has done
+    is_shown
+        whether anything is printed; of several processes at one work only one does
 
     On a terminal the line is redrawn twice a second; in a log file once in ten seconds, so that a log
     stays readable.
@@ -28,6 +32,7 @@ def progress(total: int | None, unit: str, description: str, initial: int = 0) -
     return tqdm(
         total=total,
         initial=initial,
+        disable=not is_shown,
         unit=f" {unit}s",
         unit_scale=True,
         desc=description,

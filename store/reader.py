@@ -6,9 +6,6 @@ reopens there); one object belongs to one thread.
 
 from __future__ import annotations
 
-import json
-import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,36 +13,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tcsae.store.cache import CachedStore
-from tcsae.store.chunks import CHECKSUM_BYTES, MEND, chunk_path, codec_of, map_raw, read_chunk
 from tcsae.store.errors import ConfigError, StoreCorrupt, StoreIncomplete, UnknownName
-from tcsae.store.metadata import ROOT, Sizes, array_metadata, read_root
+from tcsae.store.index import read_layout
+from tcsae.store.mapped import HookChunks
+from tcsae.store.metadata import ROOT, read_root
 from tcsae.store.remote import is_url, local_path
 from tcsae.store.spec import (
-    CHECKSUMS,
-    CONTEXT_OFFSETS,
-    DOCUMENT_COLUMNS,
-    DOCUMENT_OFFSETS,
-    DOCUMENTS_FILE,
-    TOKENS,
     TORCH_DTYPES,
     HookStatistics,
-    Layout,
     Provenance,
     Split,
-    offsets_problem,
 )
-
-MAX_MAPPED_CHUNKS = 4096
-"""Chunks of a hook that stay mapped at once; Linux allows a process about 65,000 maps in all."""
-
-DECODED_BYTES = 2**29
-"""Decoded chunks of a hook that are kept, in bytes; two at least."""
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -84,7 +67,7 @@ class ActivationStore:
             np.searchsorted(self.document_offsets, self.context_offsets[:-1], side="right") - 1
         )
         self._chunks = {
-            hook: _HookChunks(path, hook, self.provenance, self.n_rows, cached) for hook in self.hooks
+            hook: HookChunks(path, hook, self.provenance, self.n_rows, cached) for hook in self.hooks
         }
 
     @classmethod
@@ -107,8 +90,18 @@ class ActivationStore:
         RemoteError
             a store at a URL cannot be reached
         """
-        cached = CachedStore(str(path)) if is_url(path) else None
-        path = cached.path if cached else local_path(path)
+        if not is_url(path):
+            return cls._open(local_path(path), None)
+        cached = CachedStore(str(path))
+        with cached.naming_the_url():
+            try:
+                return cls._open(cached.path, cached)
+            except StoreCorrupt:
+                cached.fetch_tables(again=True)  # what was damaged may be the copy on this machine
+                return cls._open(cached.path, cached)
+
+    @classmethod
+    def _open(cls, path: Path, cached: CachedStore | None) -> ActivationStore:
         attributes = read_root(path)
         if not attributes.get("complete"):
             raise StoreIncomplete(
@@ -117,13 +110,7 @@ class ActivationStore:
         lacking = [name for name in ("id", "statistics") if name not in attributes]
         if lacking:
             raise StoreCorrupt(f"{path / ROOT}: attributes lack {', '.join(lacking)}; copy the store again")
-        try:
-            return cls(path, attributes, cached)
-        except StoreCorrupt:
-            if cached is None:
-                raise
-            cached.fetch_tables(again=True)  # what was damaged may be the copy on this machine
-            return cls(path, attributes, cached)
+        return cls(path, attributes, cached)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ActivationStore.open, (self.url,))
@@ -172,7 +159,7 @@ class ActivationStore:
 
         A view of the memory map when the rows lie in one chunk, a copy when they do not. Writing to a view
         changes neither the file nor what another call returns from another process. Compressed chunks are
-        decoded whole, and the last ones are kept (`DECODED_BYTES`): read them chunk by chunk.
+        decoded whole, and the last ones are kept (`mapped.DECODED_BYTES`): read them chunk by chunk.
 
         Raises
         ------
@@ -182,8 +169,9 @@ class ActivationStore:
             a chunk is missing, truncated or altered
         """
         if not 0 <= start <= stop <= self.n_rows:
-            raise IndexError(f"{self.path}: rows [{start}, {stop}) of {self.n_rows}")
+            raise IndexError(f"{self.url}: rows [{start}, {stop}) of {self.n_rows}")
         chunks, size = self._chunks[self._hook(hook)], self.provenance.rows_per_chunk
+        chunks.will_read(stop - start, 1)
         first = start // size
         if stop <= (first + 1) * size:
             return chunks[first][start - first * size : stop - first * size]
@@ -203,8 +191,9 @@ class ActivationStore:
         """
         wanted = torch.as_tensor(rows)
         if len(wanted) and (int(wanted.min()) < 0 or int(wanted.max()) >= self.n_rows):
-            raise IndexError(f"{self.path}: rows {int(wanted.min())}..{int(wanted.max())} of {self.n_rows}")
+            raise IndexError(f"{self.url}: rows {int(wanted.min())}..{int(wanted.max())} of {self.n_rows}")
         chunks, size = self._chunks[self._hook(hook)], self.provenance.rows_per_chunk
+        chunks.will_read(len(wanted), 1 + int((wanted.diff() != 1).sum()))
         out = torch.empty(len(wanted), self.d_model, dtype=TORCH_DTYPES[self.provenance.dtype])
         which = wanted // size
         for chunk in torch.unique(which).tolist():
@@ -268,7 +257,7 @@ class ActivationStore:
         total = np.cumsum(n_windows)
         if length < 1 or not total.size or total[-1] == 0:
             longest = int((self.context_offsets[which + 1] - first).max(initial=0))
-            raise ConfigError(f"{self.path}: windows of {length} rows: contexts have 1 to {longest}")
+            raise ConfigError(f"{self.url}: windows of {length} rows: contexts have 1 to {longest}")
         while True:
             number = int(generator.integers(total[-1]))
             context = int(np.searchsorted(total, number, side="right"))
@@ -278,117 +267,8 @@ class ActivationStore:
     def _hook(self, hook: str | None) -> str:
         if hook is None:
             if len(self.hooks) > 1:
-                raise UnknownName(f"{self.path}: has several hooks, name one of {', '.join(self.hooks)}")
+                raise UnknownName(f"{self.url}: has several hooks, name one of {', '.join(self.hooks)}")
             return self.hooks[0]
         if hook not in self._chunks:
-            raise UnknownName.among(f"hook of {self.path}", hook, self.hooks)
+            raise UnknownName.among(f"hook of {self.url}", hook, self.hooks)
         return hook
-
-
-class _HookChunks:
-    """Chunk number to mapped rows, padding left off; a chunk is verified when it is first mapped."""
-
-    def __init__(
-        self, store: Path, hook: str, provenance: Provenance, n_rows: int, cached: CachedStore | None
-    ) -> None:
-        self._store = store
-        self._cached = cached
-        self._hook = hook
-        self._made = provenance
-        self._n_rows = n_rows
-        self._mapped: OrderedDict[int, Tensor] = OrderedDict()
-        n_chunks = -(-n_rows // provenance.rows_per_chunk)
-        table, _ = map_raw(store / CHECKSUMS / hook / "c" / "0", 4 * n_chunks + CHECKSUM_BYTES)
-        self._checksums = table.view("<u4")
-        codec_of(provenance, hook)  # refuses an unknown one now
-        decoded = provenance.rows_per_chunk * provenance.d_model * TORCH_DTYPES[provenance.dtype].itemsize
-        self._most = MAX_MAPPED_CHUNKS if provenance.codec == "raw" else max(2, DECODED_BYTES // decoded)
-
-    def __getitem__(self, chunk: int) -> Tensor:
-        if chunk in self._mapped:
-            self._mapped.move_to_end(chunk)
-            return self._mapped[chunk]
-        made = self._made
-        path = chunk_path(self._store, self._hook, chunk)
-        checksum = int(self._checksums[chunk])
-        if self._cached is not None:
-            self._cached.fetch(str(path.relative_to(self._store)))
-        _refuse_link(self._store, path)
-        try:
-            rows = read_chunk(self._store, made, self._hook, chunk, checksum=checksum)
-        except StoreCorrupt:
-            if self._cached is None:
-                raise
-            # damaged on this machine, or just removed by another process that makes room
-            self._cached.fetch(str(path.relative_to(self._store)), again=True)
-            rows = read_chunk(self._store, made, self._hook, chunk, checksum=checksum)
-        rows = rows[: self._n_rows - chunk * made.rows_per_chunk]
-        self._mapped[chunk] = rows
-        if len(self._mapped) > self._most:
-            self._mapped.popitem(last=False)
-        return rows
-
-
-def read_layout(store: Path) -> Layout:
-    """Tokens, offsets and documents of the store at ``store``, finished or not, checked against each other.
-
-    Raises `StoreCorrupt` naming the array and what is wrong with it.
-    """
-    made = Provenance.from_dict(read_root(store), str(store / ROOT))
-    tokens = _index(store, TOKENS, "<i4")
-    document_offsets = _index(store, DOCUMENT_OFFSETS, "<i8")
-    context_offsets = _index(store, CONTEXT_OFFSETS, "<i8")
-    problem = offsets_problem(document_offsets, context_offsets, len(tokens))
-    if problem:
-        raise StoreCorrupt(f"{store}: {problem}; copy the store again")
-    documents = _documents(store, len(document_offsets) - 1)
-    for name, expected in array_metadata(
-        made, Sizes(len(tokens), len(document_offsets) - 1, len(context_offsets) - 1)
-    ).items():
-        _check_metadata(store / name, expected)
-    return Layout(tokens, document_offsets, context_offsets, documents)
-
-
-def _index(store: Path, name: str, dtype: str) -> npt.NDArray[Any]:
-    header = store / name / ROOT
-    try:
-        length = json.loads(header.read_bytes())["shape"][0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise StoreCorrupt(f"{header}: cannot be read ({error}); {MEND}") from error
-    path = store / name / "c" / "0"
-    _refuse_link(store, path)
-    body, _ = map_raw(path, length * np.dtype(dtype).itemsize + CHECKSUM_BYTES)
-    return body.view(dtype)
-
-
-def _documents(store: Path, n_documents: int) -> pa.Table:
-    path = store / DOCUMENTS_FILE
-    _refuse_link(store, path)
-    try:
-        documents = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreCorrupt(f"{path}: cannot be read ({error}); copy the store again") from error
-    lacking = [name for name in DOCUMENT_COLUMNS if name not in documents.column_names]
-    if lacking or documents.num_rows != n_documents:
-        raise StoreCorrupt(
-            f"{path}: expected {n_documents} lines with {', '.join(DOCUMENT_COLUMNS)}, got "
-            f"{documents.num_rows} with {', '.join(documents.column_names)}; copy the store again"
-        )
-    return documents
-
-
-def _check_metadata(path: Path, expected: bytes) -> None:
-    """Plain Zarr readers go by these files, so they must say what this reader assumes."""
-    try:
-        same = json.loads(path.read_bytes()) == json.loads(expected)
-    except (OSError, ValueError) as error:
-        raise StoreCorrupt(f"{path}: cannot be read ({error}); copy the store again") from error
-    if not same:
-        raise StoreCorrupt(f"{path}: does not fit the group's attributes; copy the store again")
-
-
-def _refuse_link(store: Path, path: Path) -> None:
-    """A shared store must not lead a reader to a file elsewhere."""
-    inside = os.path.realpath(store)
-    if os.path.realpath(path) != os.path.join(inside, path.relative_to(store)):  # noqa: PTH118
-        raise StoreCorrupt(f"{path}: is a link out of its place; a store has plain files only")

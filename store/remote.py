@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import random
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,6 +118,14 @@ class RemoteFolder:
 
         self._patiently("write", name, put, len(content))
 
+    def remove(self, name: str) -> None:
+        """Delete the file ``name``; raises `RemoteError` as `write` does, also if there is none."""
+
+        def delete(path: str, timeout: float) -> None:
+            self._call("rm_file", timeout, path)
+
+        self._patiently("delete", name, delete, 0)
+
     def exists(self) -> bool:
         """Whether a store's root group is there."""
         try:
@@ -167,12 +176,12 @@ def _options(protocol: str) -> dict[str, Any]:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another try would fail the same way: no permission, no such bucket, a disk that is full."""
+    """Whether another try would fail the same way: no permission or bucket, a full disk, a certificate not trusted."""
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
     final = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS)
-    return isinstance(error, PermissionError | NotImplementedError) or (
+    return isinstance(error, PermissionError | NotImplementedError | ssl.CertificateError) or (
         isinstance(error, OSError) and error.errno in final
     )
 

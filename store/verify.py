@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path, map_raw, read_chunk
-from tcsae.store.errors import StoreError
-from tcsae.store.metadata import ROOT, Sizes, read_root, store_id
+from tcsae.store.errors import ConfigError, StoreError
+from tcsae.store.index import digest_problems, read_layout
+from tcsae.store.metadata import DIGESTED, ROOT, Sizes, read_root, recorded_digests, store_id
 from tcsae.store.parallel import map_tasks
 from tcsae.store.progress import progress
-from tcsae.store.reader import read_layout
+from tcsae.store.remote import is_url, local_path
 from tcsae.store.spec import CHECKSUMS, HookStatistics, Layout, Provenance, split_of
 from tcsae.store.statistics import train_statistics
 
@@ -57,10 +58,10 @@ class _ChunkTask:
 def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) -> Verification:
     """Read every byte of the store at ``path`` and compare it with what the store says about itself.
 
-    Checked are the group's attributes and every array's metadata; the offsets; the range of token ids; the
-    documents' table (unique ids, token counts, splits); every chunk's size, CRC-32C, place, padding and NaN or
-    infinite values; the statistics in the attributes, recomputed. All problems are collected, none is raised,
-    but for a folder that is no store at all.
+    Checked are the group's attributes and every array's metadata; the tables' SHA-256; the offsets; the range of
+    token ids; the documents' table (unique ids, token counts, splits); every chunk's size, CRC-32C, place, padding
+    and NaN or infinite values; the statistics in the attributes, recomputed. All problems are collected, none is
+    raised, but for a folder that is no store at all.
 
     Parameters
     ----------
@@ -73,15 +74,24 @@ def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) 
     ------
     StoreNotFound
         there is no store at ``path``
+    ConfigError
+        ``path`` is a URL
     """
-    path = Path(path)
+    if is_url(path):
+        raise ConfigError(
+            f"{path}: a store is verified on this machine; copy it here first with `tcsae store copy`, which checks "
+            "every file on the way"
+        )
+    path = local_path(path)
     attributes = read_root(path)
     try:
         made = Provenance.from_dict(attributes, str(path / ROOT))
-        layout = read_layout(path)
+        digests = recorded_digests(attributes, str(path / ROOT))
+        layout = read_layout(path, check_digests=False)  # a wrong one does not hide what else is wrong
     except StoreError as error:
         return Verification(path=str(path), chunks=0, rows=0, problems=(str(error),))
     problems = [] if attributes.get("complete") else [f"{path}: the harvest has not finished"]
+    problems += digest_problems(path, digests, DIGESTED)
     problems += _table_problems(path, made, layout)
     sizes = Sizes(layout.n_rows, layout.n_documents, layout.n_contexts)
     tasks: list[_ChunkTask] = []

@@ -7,6 +7,7 @@ computed again by anyone, and no two writers ever touch one file.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.store.atomic import exclusive, partial_file, remove_partials, sync_folders, write_atomically
-from tcsae.store.chunks import chunk_bytes, chunk_path, codec_of, is_finite, map_raw, write_chunk, write_raw
+from tcsae.store.atomic import (
+    exclusive,
+    partial_file,
+    put_in_place,
+    remove_partials,
+    sync_folders,
+    write_atomically,
+)
+from tcsae.store.chunks import (
+    chunk_bytes,
+    chunk_path,
+    codec_of,
+    encoded,
+    is_finite,
+    map_raw,
+    write_raw,
+    write_raw_beside,
+)
 from tcsae.store.codecs import Codec
 from tcsae.store.errors import ActivationError, StoreBusy, StoreCorrupt, StoreExists, StoreMismatch
-from tcsae.store.metadata import ROOT, Sizes, array_metadata, read_root, root_metadata, store_id
-from tcsae.store.reader import read_layout
+from tcsae.store.index import read_layout
+from tcsae.store.metadata import (
+    FIRST_BATCH,
+    PLANNED_ATTRIBUTES,
+    ROOT,
+    TABLE_DIGESTS,
+    Sizes,
+    array_metadata,
+    read_root,
+    root_metadata,
+    store_id,
+    table_digests,
+)
 from tcsae.store.spec import (
     ACTIVATIONS,
     CHECKSUMS,
@@ -45,7 +73,11 @@ PLANNED = {TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFFSETS, ACTIVATIONS, CHECKSUMS, DO
 
 
 class StoreWriter:
-    """A store that is being written; one at a time, by `create` or `resume`."""
+    """A store that is being written; one at a time, by `create` or `resume`.
+
+    Their writer syncs a chunk and puts it in its place in a thread of its own, while the caller makes the
+    next chunk. A writer made directly, as a worker's is, has done so when `write` returns.
+    """
 
     def __init__(self, path: Path, layout: Layout, provenance: Provenance) -> None:
         self.path = path
@@ -53,11 +85,18 @@ class StoreWriter:
         self.provenance = provenance
         self.sizes = Sizes(layout.n_rows, layout.n_documents, layout.n_contexts)
         self.n_chunks = self.sizes.chunks(provenance.rows_per_chunk)
+        self._thread: ThreadPoolExecutor | None = None
+        self._unsettled: Future[None] | None = None
+        self._unsettled_path: Path | None = None
 
     @classmethod
     @contextmanager
-    def create(cls, path: Path, layout: Layout, provenance: Provenance) -> Iterator[StoreWriter]:
+    def create(
+        cls, path: Path, layout: Layout, provenance: Provenance, *, first_batch_sha256: str | None = None
+    ) -> Iterator[StoreWriter]:
         """Write the plan of a new store and hold its lock for the block.
+
+        ``first_batch_sha256`` is kept with it, for whoever resumes a harvest (`metadata.FIRST_BATCH`).
 
         Raises
         ------
@@ -75,8 +114,9 @@ class StoreWriter:
             raise StoreExists(f"{path}: exists and is not a store; choose another path")
         with _locked(path):
             writer = cls(path, layout, provenance)
-            writer._write_plan()
-            yield writer
+            writer._write_plan({} if first_batch_sha256 is None else {FIRST_BATCH: first_batch_sha256})
+            with writer._settling_behind():
+                yield writer
 
     @classmethod
     @contextmanager
@@ -101,7 +141,9 @@ class StoreWriter:
             )
         with _locked(path):
             remove_partials(path)
-            yield cls(path, read_layout(path), begun)
+            writer = cls(path, read_layout(path), begun)
+            with writer._settling_behind():
+                yield writer
 
     @property
     def complete(self) -> bool:
@@ -114,19 +156,27 @@ class StoreWriter:
         return start, min(start + self.provenance.rows_per_chunk, self.layout.n_rows)
 
     def missing(self) -> list[int]:
-        """Chunks that some hook lacks or whose file fails its checksum, in order; reads every chunk once."""
+        """Chunks that some hook lacks or whose file fails its checksum, in order; reads every chunk once.
+
+        Raises `DiskFull` as `wait` does.
+        """
+        self.wait()
         hooks = self.provenance.hooks
         return [c for c in range(self.n_chunks) if not all(self._is_good(hook, c) for hook in hooks)]
 
     def write(self, hook: str, chunk: int, rows: Float[Tensor, "row d_model"]) -> None:
         """Check ``rows``, cast them to the store's dtype and write them as one chunk file.
 
+        ``rows`` may be changed afterwards. The chunk is there, whole, when the next call of `write` or `wait`
+        has returned; if it cannot be, that call raises. Nothing is held in memory meanwhile but what the
+        kernel holds of one file.
+
         Raises
         ------
         ActivationError
             a value is NaN or Inf, or overflows the dtype; nothing is written
         DiskFull
-            nothing is left behind
+            for this chunk or the one before it, as the message says; nothing of it is left behind
         """
         start, stop = self.rows_of(chunk)
         if rows.shape != (stop - start, self.provenance.d_model):
@@ -136,15 +186,30 @@ class StoreWriter:
         stored = rows.detach().to("cpu", TORCH_DTYPES[self.provenance.dtype])
         if not is_finite(stored):
             self._refuse(hook, start, rows, stored)
-        write_chunk(
-            chunk_path(self.path, hook, chunk), stored, self.provenance.rows_per_chunk, self._codec(hook)
-        )
+        path = chunk_path(self.path, hook, chunk)
+        if path == self._unsettled_path:
+            self.wait()  # both would be written beside it under one name
+        write_raw_beside(path, encoded(stored, self.provenance.rows_per_chunk, self._codec(hook)))
+        if self._thread is None:
+            _settle(path)
+        else:
+            before, self._unsettled = self._unsettled, self._thread.submit(_settle, path)
+            self._unsettled_path = path
+            if before is not None:
+                before.result()
+
+    def wait(self) -> None:
+        """Return when every chunk that was written is in its place; raises `DiskFull` if the last cannot be."""
+        before, self._unsettled = self._unsettled, None
+        if before is not None:
+            before.result()
 
     def finish(self) -> None:
         """Compute checksums and statistics of every hook and mark the store as complete.
 
-        Raises `StoreCorrupt` if a chunk is still missing.
+        Raises `StoreCorrupt` if a chunk is still missing, `DiskFull` as `wait` does.
         """
+        self.wait()
         tables = {}
         sync_folders(self.path / ACTIVATIONS)
         for hook in self.provenance.hooks:
@@ -156,23 +221,33 @@ class StoreWriter:
             for hook in self.provenance.hooks
         }
         identity = store_id(self.provenance, self.layout.tokens, tables.values())
-        write_atomically(
-            self.path / ROOT, root_metadata(self.provenance, statistics=found, id=identity, complete=True)
-        )
+        begun = {TABLE_DIGESTS: table_digests(self.path)} | read_root(self.path)
+        planned = {name: begun[name] for name in PLANNED_ATTRIBUTES if name in begun}
+        attributes = {**planned, "statistics": found, "id": identity, "complete": True}
+        write_atomically(self.path / ROOT, root_metadata(self.provenance, **attributes))
 
-    def _write_plan(self) -> None:
+    @contextmanager
+    def _settling_behind(self) -> Iterator[None]:
+        with ThreadPoolExecutor(1, "tcsae-sync") as self._thread:  # left only when the thread has ended
+            yield
+            self.wait()
+
+    def _write_plan(self, attributes: dict[str, str]) -> None:
         remove_partials(self.path)
         for name, content in array_metadata(self.provenance, self.sizes).items():
-            write_atomically(self.path / name, content)
+            write_atomically(self.path / name, content, sync_folder=False)
         for name, values in (
             (TOKENS, self.layout.tokens.astype("<i4")),
             (DOCUMENT_OFFSETS, self.layout.document_offsets.astype("<i8")),
             (CONTEXT_OFFSETS, self.layout.context_offsets.astype("<i8")),
         ):
-            write_raw(self.path / name / "c" / "0", np.ascontiguousarray(values).view(np.uint8))
-        with partial_file(self.path / DOCUMENTS_FILE) as beside:
+            body = np.ascontiguousarray(values).view(np.uint8)
+            write_raw(self.path / name / "c" / "0", body, sync_folder=False)
+        with partial_file(self.path / DOCUMENTS_FILE, sync_folder=False) as beside:
             pq.write_table(self.layout.documents, beside, compression="zstd")
-        write_atomically(self.path / ROOT, root_metadata(self.provenance, complete=False))
+        sync_folders(self.path)
+        planned = {TABLE_DIGESTS: table_digests(self.path), **attributes}
+        write_atomically(self.path / ROOT, root_metadata(self.provenance, **planned, complete=False))
 
     def _is_good(self, hook: str, chunk: int) -> bool:
         try:
@@ -206,6 +281,11 @@ class StoreWriter:
             f"{self.path}: hook {hook}, document {name!r}, token {position} (row {start + row}): {reason}; "
             f"{advice}"
         )
+
+
+def _settle(path: Path) -> None:
+    # the folder is synced when the store is finished: a chunk whose rename was lost is one to compute again
+    put_in_place(path, sync_folder=False)
 
 
 def differences(begun: Provenance, asked: Provenance) -> list[str]:

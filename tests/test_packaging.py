@@ -69,7 +69,11 @@ def test_the_wheel_has_every_module_and_every_recipe(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"tcsae/{path.relative_to(ROOT)}" for top in CODE for path in (ROOT / top).rglob("*.py")}
-    expected |= {f"tcsae/{path.relative_to(ROOT)}" for path in (ROOT / "data").rglob("*.toml")}
+    expected |= {
+        f"tcsae/{path.relative_to(ROOT)}"
+        for pattern in ("*.toml", "*.json")
+        for path in (ROOT / "data").rglob(pattern)
+    }
     expected |= {"tcsae/cli.py", "tcsae/store/py.typed"}
     assert expected <= inside
     assert {name.split("/")[0] for name in inside if ".dist-info" not in name} == {"tcsae"}

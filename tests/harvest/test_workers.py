@@ -23,7 +23,7 @@ from tcsae.harvest import HarvestConfig, LanguageModel, harvest, workers
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint
 from tcsae.store import ActivationStore, StoreWriter
 from tcsae.store.errors import ActivationError, ConfigError, StoreMismatch
-from tcsae.store.reader import read_layout
+from tcsae.store.index import read_layout
 from tcsae.tests.fixtures import HOOKS, hashes, save_neox
 
 

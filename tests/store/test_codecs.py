@@ -103,7 +103,7 @@ def test_zarr_reads_what_the_store_reads(make_store, tmp_path, name, dtype):
 
 
 def test_decoded_chunks_are_kept_and_let_go(make_store, tmp_path, monkeypatch):
-    monkeypatch.setattr("tcsae.store.reader.DECODED_BYTES", 3 * 300 * 16 * 2)
+    monkeypatch.setattr("tcsae.store.mapped.DECODED_BYTES", 3 * 300 * 16 * 2)
     rows = stream(1500, 16)
     store = make_store(rows, [100] * 15)
     copy_store(store.path, tmp_path / "small", codec="lossless")

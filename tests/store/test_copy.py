@@ -14,12 +14,15 @@ from tcsae.store import ActivationStore
 from tcsae.store.copy import copy_store
 from tcsae.store.errors import (
     ConfigError,
+    DiskFull,
     StoreCorrupt,
     StoreExists,
     StoreIncomplete,
     StoreMismatch,
     UnknownName,
 )
+from tcsae.store.places import LocalEnd
+from tcsae.store.space import store_bytes
 from tcsae.store.verify import verify
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -95,11 +98,9 @@ def test_a_copy_that_was_stopped_goes_on_where_it_was(store, tmp_path, monkeypat
             written.append(name)
         write(self, name, content)
 
-    from tcsae.store import copy
-
-    write = copy._Local.write
-    monkeypatch.setattr(copy, "THREADS", 1)
-    monkeypatch.setattr(copy._Local, "write", stop_after_five)
+    write = LocalEnd.write
+    monkeypatch.setattr("tcsae.store.transfer.THREADS", 1)
+    monkeypatch.setattr(LocalEnd, "write", stop_after_five)
     with pytest.raises(KeyboardInterrupt):
         copy_store(store.path, tmp_path / "copy")
     monkeypatch.undo()
@@ -156,3 +157,33 @@ def test_memory_urls_go_both_ways(store, tmp_path):
 def test_an_unknown_protocol_says_what_to_install(store):
     with pytest.raises(ConfigError, match="gopher"):
         copy_store(store.path, "gopher://old/store.zarr")
+
+
+def test_a_recoded_copy_that_does_not_fit_is_refused_with_the_numbers(store, tmp_path, monkeypatch):
+    # three chunks of 300 rows of 16 dimensions in float16 and a checksum for each of two hooks, and the tables
+    chunks = 2 * 3 * (300 * 16 * 2 + 4)
+    monkeypatch.setattr("tcsae.store.recode.free_bytes", lambda path: chunks)
+    staging = str(tmp_path / "cache" / "staging")
+    with pytest.raises(
+        DiskFull, match=r"expected [\d,]+ bytes free for 850 rows of 2 hooks as raw"
+    ) as caught:
+        copy_store(store.path, "memory://lab/part.zarr", rows=(50, 900))
+    assert staging in str(caught.value)
+    assert f"got {chunks:,}; free some space or set TCSAE_CACHE" in str(caught.value)
+    with pytest.raises(DiskFull, match="got [0-9,]+; free some space, or copy fewer") as caught:
+        copy_store(store.path, tmp_path / "part.zarr", rows=(50, 900))
+    needed = int(str(caught.value).split("expected ")[1].split(" ")[0].replace(",", ""))
+    assert not (tmp_path / "part.zarr").exists()
+    monkeypatch.setattr("tcsae.store.recode.free_bytes", lambda path: needed)
+    copied = copy_store(store.path, tmp_path / "part.zarr", rows=(50, 900))
+    assert copied.bytes <= needed
+
+
+def test_a_compressed_copy_needs_as_much_as_it_measured(store):
+    from tcsae.store.recode import plan_recoding
+
+    raw, small = (plan_recoding(store, None, codec) for codec in ("raw", "int8"))
+    ratio = min(small.made.codec_effect[hook]["ratio"] for hook in HOOKS)
+    chunks = 2 * 4 * (300 * 16 * 2 + 4)
+    saved = store_bytes(raw.made, raw.layout) - store_bytes(small.made, small.layout)
+    assert saved == pytest.approx(chunks * (1 - 1.05 / ratio), rel=0.02)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,35 +11,12 @@ import torch
 
 from tcsae.store import ActivationStore
 from tcsae.store.errors import StoreCorrupt, StoreError
-
-HOOK = "blocks.0.hook_resid_post"
+from tcsae.tests.store.damage import chunk, edit_documents, edit_root, flip, swap
 
 
 @pytest.fixture
 def path(make_store):
     return make_store(torch.randn(1000, 16, generator=torch.Generator().manual_seed(2)), [100] * 10).path
-
-
-def chunk(store: Path, number: int) -> Path:
-    return store / "activations" / HOOK / "c" / str(number) / "0"
-
-
-def flip(path: Path, byte: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[byte] ^= 0x10
-    path.write_bytes(content)
-
-
-def swap(store: Path) -> None:
-    first, second = chunk(store, 0).read_bytes(), chunk(store, 1).read_bytes()
-    chunk(store, 0).write_bytes(second)
-    chunk(store, 1).write_bytes(first)
-
-
-def edit_root(store: Path, **changes: object) -> None:
-    root = json.loads((store / "zarr.json").read_text())
-    root["attributes"].update(changes)
-    (store / "zarr.json").write_text(json.dumps(root))
 
 
 def link_out(store: Path) -> None:
@@ -52,6 +28,12 @@ def link_out(store: Path) -> None:
 def rewrite_documents(store: Path) -> None:
     table = pq.read_table(store / "documents.parquet")
     pq.write_table(table.slice(1), store / "documents.parquet")
+    edit_root(store, table_sha256=None)  # as in a store from before it was kept
+
+
+def write_no_parquet(store: Path) -> None:
+    (store / "documents.parquet").write_bytes(b"x")
+    edit_root(store, table_sha256=None)
 
 
 DAMAGE = [
@@ -74,11 +56,18 @@ DAMAGE = [
         r"document_offsets/c/0: CRC",
         id="a flipped offset",
     ),
-    pytest.param(rewrite_documents, r"expected 10 lines .* got 9", id="a document's line gone"),
     pytest.param(
-        lambda s: (s / "documents.parquet").write_bytes(b"x"),
-        r"documents.parquet: cannot be read",
-        id="no Parquet",
+        lambda s: edit_documents(s, "topic", ["even"] * 10),
+        r"documents.parquet: SHA-256 \w{12}… expected",
+        id="another topic",
+    ),
+    pytest.param(
+        lambda s: flip(s / "documents.parquet", 100), r"documents.parquet: SHA-256", id="a flipped bit in it"
+    ),
+    pytest.param(rewrite_documents, r"expected 10 lines .* got 9", id="a document's line gone, no SHA-256"),
+    pytest.param(write_no_parquet, r"documents.parquet: cannot be read", id="no Parquet, no SHA-256"),
+    pytest.param(
+        lambda s: edit_root(s, table_sha256=["x"]), r"expected SHA-256 by file name", id="digests of no file"
     ),
     pytest.param(
         lambda s: edit_root(s, format_version=2), r"format 2, this tcsae reads 1", id="a newer format"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from tcsae.store import ActivationStore, split_of
 from tcsae.store.dataset import Documents
-from tcsae.store.errors import ConfigError, StoreNotFound, UnknownName
+from tcsae.store.errors import ConfigError, StoreCorrupt, StoreNotFound, UnknownName
 
 LENGTHS = [10, 40, 25, 25] * 10
 
@@ -115,11 +116,64 @@ def test_a_store_can_be_sent_to_a_spawned_process(store, rows):
 
 
 def test_more_chunks_than_maps_are_kept_are_read_all_the_same(make_store, monkeypatch):
-    monkeypatch.setattr("tcsae.store.reader.MAX_MAPPED_CHUNKS", 2)
+    monkeypatch.setattr("tcsae.store.mapped.MAX_MAPPED_CHUNKS", 2)
     values = torch.arange(100.0)[:, None].expand(100, 4)
     store = make_store(values, [100], rows_per_chunk=10)
     assert torch.equal(store.rows(0, 100).float(), values)
     assert torch.equal(store.gather(torch.arange(99, -1, -1)).float(), values.flip(0))
+
+
+@pytest.fixture
+def few_resident(monkeypatch):
+    """Maps are given up after every third chunk of 40 bytes; to touch a chunk costs what its bytes are."""
+    monkeypatch.setattr("tcsae.store.mapped.RESIDENT_BYTES", 120)
+    monkeypatch.setattr("tcsae.store.mapped.TOUCHED_BYTES", 0)
+
+
+@pytest.fixture
+def ten_chunks(make_store):
+    """Ten chunks of ten rows of two numbers."""
+    return make_store(torch.arange(100.0)[:, None].expand(100, 2), [100], rows_per_chunk=10)
+
+
+def n_mapped(store) -> int:
+    return Path("/proc/self/maps").read_text().count(f"{store.path}/activations/")
+
+
+def test_a_store_larger_than_what_may_be_resident_is_read_all_the_same(few_resident, ten_chunks):
+    for _ in range(2):
+        for start in range(0, 100, 5):
+            assert ten_chunks.rows(start, start + 5)[:, 1].tolist() == list(range(start, start + 5))
+        assert n_mapped(ten_chunks) <= 4
+    assert ten_chunks.gather(np.arange(99, -1, -1))[:, 0].tolist() == list(range(99, -1, -1))
+
+
+def test_a_view_outlives_the_map_that_it_was_taken_from(few_resident, ten_chunks):
+    view = ten_chunks.rows(0, 5)
+    view[0] = -1
+    for _ in ten_chunks.chunks(np.random.default_rng(0)):
+        pass
+    assert view[:, 0].tolist() == [-1, 1, 2, 3, 4]
+    assert ten_chunks.rows(0, 1)[0, 0] == 0
+
+
+def test_a_chunk_that_is_mapped_again_is_verified_again_only_if_its_file_is_another(few_resident, ten_chunks):
+    for start, stop in ten_chunks.chunk_rows():
+        ten_chunks.rows(start, stop)
+    path = ten_chunks.path / "activations" / ten_chunks.hooks[0] / "c" / "0" / "0"
+    good = path.read_bytes()
+    path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with pytest.raises(StoreCorrupt, match="c/0/0: CRC-32C"):
+        ten_chunks.rows(0, 1)
+    path.write_bytes(good)
+    assert ten_chunks.rows(1, 2)[0, 0] == 1
+
+
+def test_mapped_chunks_hold_no_file_open(ten_chunks):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    views = [ten_chunks.rows(start, start + 1) for start in range(0, 100, 10)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(views) == n_mapped(ten_chunks) == 10
 
 
 def test_windows_lie_in_one_context_and_every_one_is_as_likely(store, rows):

@@ -5,24 +5,23 @@ Every request has a time limit of a few seconds here, so that a server that hang
 
 from __future__ import annotations
 
-import functools
-import http.server
+import json
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from tcsae.store import ActivationStore
+from tcsae.store.claim import CLAIM, STALE_SECONDS, claimed
 from tcsae.store.copy import copy_store
-from tcsae.store.errors import ConfigError, RemoteError, StoreCorrupt, StoreNotFound
+from tcsae.store.errors import ConfigError, RemoteError, StoreBusy, StoreCorrupt, StoreNotFound
 from tcsae.store.remote import RemoteFolder, Transfer
+from tcsae.tests.servers import Server, make_certificate, moto_server, serving
 
 pytest.importorskip("aiohttp", reason="needs tcsae[http]")
 
@@ -52,64 +51,13 @@ def chunks_in(cache: Path) -> list[Path]:
 # HTTP
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder; the first ``bad`` answers of each chunk are dropped half-way, or come late."""
-
-    def __init__(self, folder: Path, bad: int = 0, fault: str = "drop") -> None:
-        super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-        self.bad = bad
-        self.fault = fault
-        self.asked: list[str] = []
-        self.stopping = threading.Event()
-
-    def handle_error(self, request, client_address):
-        """A client that gave up on a late answer is what these tests are about."""
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    protocol_version = "HTTP/1.0"
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        if "/c/" in self.path and self.server.asked.count(self.path) <= self.server.bad:
-            if self.server.fault == "late":
-                self.server.stopping.wait(10)
-                return
-            content = Path(self.translate_path(self.path)).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        super().do_GET()
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def serve(store):
-    servers = []
-
     def start(**faults) -> Server:
-        server = Server(store.path.parent, **faults)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        servers.append((server, thread))
-        return server
+        return servers.enter_context(serving(store.path.parent, **faults))
 
-    yield start
-    for server, thread in servers:
-        server.stopping.set()
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
+    with ExitStack() as servers:
+        yield start
 
 
 def test_a_store_behind_http_reads_chunk_by_chunk(store, serve, cache):
@@ -211,51 +159,57 @@ def test_two_processes_share_a_cache_and_fetch_each_chunk_once(store, serve):
         assert server.asked.count(f"/store.zarr/activations/{HOOK}/c/{chunk}/0") == 1
 
 
+def test_https_is_read_and_a_certificate_that_is_not_trusted_is_refused(store, serve, tmp_path):
+    certificate = make_certificate(tmp_path / "here.pem")
+    server = serve(certificate=certificate)
+    assert server.url.startswith("https://")
+    # whom to trust is read once in a process, so this one takes a process of its own
+    command = [sys.executable, "-P", "-c", READ_ALL, f"{server.url}/store.zarr"]
+    environment = os.environ | {"SSL_CERT_FILE": str(certificate)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[1]) == store.rows(0, 1000).double().sum().item()
+    with pytest.raises(RemoteError, match="certificate verify failed"):
+        copy_store(f"{server.url}/store.zarr", tmp_path / "copy", transfer=QUICK)
+    assert not (tmp_path / "copy").exists()
+
+
+OPEN_OFTEN = """
+import sys
+from tcsae.store import ActivationStore
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(40):
+    ActivationStore.open(sys.argv[1])
+"""
+
+
+def test_processes_that_open_at_the_same_time_are_not_in_each_others_way(store, serve):
+    command = [sys.executable, "-P", "-c", OPEN_OFTEN, f"{serve().url}/store.zarr"]
+    others = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    for other in others:
+        assert other.stdout.readline() == "ready\n"
+    for other in others:
+        other.stdin.write("\n")
+        other.stdin.flush()
+    for other in others:
+        said = other.communicate(timeout=120)[1]
+        assert other.returncode == 0, said
+
+
 # S3
 
 
 @pytest.fixture(scope="module")
 def s3():
-    """Moto's server in a process of its own, with an empty bucket called lab."""
-    pytest.importorskip("s3fs", reason="needs tcsae[s3]")
-    pytest.importorskip("moto.server", reason="needs tcsae[dev]")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-P", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    names = {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in names.items():
-            environment.setenv(name, value)
-        try:
-            _wait_for(url, server)
-            urllib.request.urlopen(urllib.request.Request(f"{url}/lab", method="PUT"), timeout=10).close()
-            yield "s3://lab"
-        finally:
-            server.terminate()
-            server.wait(timeout=10)
-
-
-def _wait_for(url: str, server: subprocess.Popen) -> None:
-    until = time.monotonic() + 30
-    while time.monotonic() < until and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/moto-api/", timeout=1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise RuntimeError("moto's server did not start within 30 s")
+    """The URL of an empty bucket."""
+    with moto_server() as url:
+        yield url
 
 
 def test_s3_there_and_back_is_the_same_bytes(store, s3, tmp_path):
@@ -278,3 +232,72 @@ def test_a_bucket_that_does_not_exist_is_one_line(store, s3):
     with pytest.raises(RemoteError, match="no-such-bucket"):
         copy_store(store.path, "s3://no-such-bucket/store.zarr", transfer=QUICK)
     assert os.environ["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1")
+
+
+# Two writers
+
+
+@pytest.fixture
+def quick_claims(monkeypatch):
+    monkeypatch.setattr("tcsae.store.claim.RENEW_SECONDS", 0.05)
+    monkeypatch.setattr("tcsae.store.claim.SETTLE_SECONDS", 0.0)
+
+
+def put_claim(url: str, **changes: object) -> RemoteFolder:
+    claim = {"owner": "another", "host": "elsewhere", "pid": 7, "seen": time.time()} | changes
+    folder = RemoteFolder(url, QUICK)
+    folder.write(CLAIM, json.dumps(claim).encode())
+    return folder
+
+
+def test_a_second_writer_to_a_url_is_refused_in_another_process(store, s3, tmp_path):
+    url = f"{s3}/busy/store.zarr"
+    with claimed(RemoteFolder(url, QUICK)):
+        command = [sys.executable, "-P", "-m", "tcsae.cli", "store", "copy", str(store.path), url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert f"process {os.getpid()} on" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    # the first one has ended, so nothing is in the way any more, and no claim is left afterwards
+    copy_store(store.path, url, transfer=QUICK)
+    with pytest.raises(FileNotFoundError):
+        RemoteFolder(url, QUICK).read(CLAIM)
+
+
+def test_a_claim_that_a_killed_writer_left_is_taken_over_when_it_is_stale(store, s3):
+    url = f"{s3}/stale/store.zarr"
+    put_claim(url)
+    with pytest.raises(StoreBusy, match=r"process 7 on elsewhere .* try again in 1\d\d s"):
+        copy_store(store.path, url, transfer=QUICK)
+    put_claim(url, seen=time.time() - STALE_SECONDS - 1)
+    copy_store(store.path, url, transfer=QUICK)
+    assert ActivationStore.open(url).id == store.id
+
+
+def test_a_writer_that_was_taken_over_stops_before_it_completes_the_copy(
+    store, s3, monkeypatch, quick_claims
+):
+    url = f"{s3}/lost/store.zarr"
+    write = RemoteFolder.write
+
+    def lose_at_the_second_chunk(self, name, content):
+        write(self, name, content)
+        if name.endswith("c/1/0"):
+            put_claim(url)
+
+    monkeypatch.setattr(RemoteFolder, "write", lose_at_the_second_chunk)
+    with pytest.raises(StoreBusy, match="process 7 on elsewhere"):
+        copy_store(store.path, url, transfer=QUICK)
+    monkeypatch.undo()
+    assert json.loads(RemoteFolder(url, QUICK).read("zarr.json"))["attributes"]["complete"] is False
+    assert json.loads(RemoteFolder(url, QUICK).read(CLAIM))["owner"] == "another"  # not deleted by the loser
+
+
+def test_a_working_writer_renews_its_claim(s3, quick_claims):
+    folder = RemoteFolder(f"{s3}/renewed", QUICK)
+    with claimed(folder):
+        first = json.loads(folder.read(CLAIM))["seen"]
+        until = time.monotonic() + 20
+        while json.loads(folder.read(CLAIM))["seen"] == first:
+            assert time.monotonic() < until
+            time.sleep(0.02)

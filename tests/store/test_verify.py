@@ -7,24 +7,17 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tcsae.store.errors import StoreNotFound
+from tcsae.store.errors import ConfigError, StoreNotFound
 from tcsae.store.verify import verify
-
-HOOK = "blocks.0.hook_resid_post"
+from tcsae.tests.store.damage import HOOK, chunk, edit_documents, edit_root, flip, swap
 
 
 @pytest.fixture
 def path(make_store):
     return make_store(torch.randn(1000, 16, generator=torch.Generator().manual_seed(2)), [100] * 10).path
-
-
-def chunk(store: Path, number: int) -> Path:
-    return store / "activations" / HOOK / "c" / str(number) / "0"
 
 
 def write_with_crc(path: Path, values: np.ndarray) -> int:
@@ -50,30 +43,17 @@ def edit_statistics(store: Path, **changes: object) -> None:
     (store / "zarr.json").write_text(json.dumps(root))
 
 
-def edit_root(store: Path, **changes: object) -> None:
-    root = json.loads((store / "zarr.json").read_text())
-    root["attributes"].update(changes)
-    (store / "zarr.json").write_text(json.dumps(root))
-
-
-def edit_documents(store: Path, column: str, values: list) -> None:
-    table = pq.read_table(store / "documents.parquet")
-    at = table.column_names.index(column)
-    kind = table.schema.field(column).type
-    pq.write_table(table.set_column(at, column, pa.array(values, kind)), store / "documents.parquet")
-
-
-def swap(store: Path) -> None:
-    first, second = chunk(store, 0).read_bytes(), chunk(store, 1).read_bytes()
-    chunk(store, 0).write_bytes(second)
-    chunk(store, 1).write_bytes(first)
-
-
 def flip_two(store: Path) -> None:
     for number in (1, 3):
-        content = bytearray(chunk(store, number).read_bytes())
-        content[40] ^= 1
-        chunk(store, number).write_bytes(content)
+        flip(chunk(store, number), 40)
+
+
+def move_a_context(store: Path) -> None:
+    """Let the second context begin five rows earlier, with a good checksum of the array's own."""
+    path = store / "context_offsets" / "c" / "0"
+    offsets = np.frombuffer(path.read_bytes()[:-4], "<i8").copy()
+    offsets[1] -= 5
+    write_with_crc(path, offsets)
 
 
 def set_nan(rows: np.ndarray) -> None:
@@ -139,6 +119,16 @@ PLANTED = [
     pytest.param(
         lambda s: edit_documents(s, "split", ["test"] * 10), ["split of 'document-"], id="a wrong split"
     ),
+    pytest.param(
+        lambda s: edit_documents(s, "topic", ["even"] * 10),
+        ["documents.parquet: SHA-256"],
+        id="another topic, which nothing else tells",
+    ),
+    pytest.param(
+        move_a_context,
+        ["context_offsets/c/0: SHA-256"],
+        id="other contexts, with a good checksum of their own",
+    ),
 ]
 
 
@@ -165,3 +155,8 @@ def test_workers_find_the_same(path):
 def test_what_is_no_store_cannot_be_verified(tmp_path):
     with pytest.raises(StoreNotFound):
         verify(tmp_path)
+
+
+def test_a_url_is_refused_with_the_way_to_verify_it():
+    with pytest.raises(ConfigError, match=r"s3://lab/a.zarr: .*tcsae store copy"):
+        verify("s3://lab/a.zarr")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -164,21 +166,149 @@ def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(plan, tmp_pa
         assert writer.missing() == [0, 1, 2, 3]
 
 
-def test_a_full_disk_leaves_nothing_half_written(plan, tmp_path, monkeypatch):
-    # a real full disk needs a mount; this is the same call failing with the same error number
-    with StoreWriter.create(tmp_path / "s", *plan) as writer:
-        write(writer, [0])
-        before = digests(tmp_path / "s")
+# A chunk is synced while the next one is made
 
+
+def chunk_file(store: Path, chunk: int) -> Path:
+    return store / "activations" / HOOK / "c" / str(chunk) / "0"
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A function after which the next sync finds the disk full: what a real one, which needs a mount, gives."""
+    sync = os.fsync
+
+    def fill():
         def full(*_):
+            monkeypatch.setattr("tcsae.store.atomic.os.fsync", sync)
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr("tcsae.store.atomic.os.fsync", full)
-        with pytest.raises(DiskFull, match="--resume"):
-            write(writer, [1])
-        monkeypatch.undo()
+
+    return fill
+
+
+def test_a_full_disk_leaves_nothing_half_written(plan, tmp_path, full_disk):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0])
+        writer.wait()
+        before = digests(tmp_path / "s")
+        full_disk()
+        write(writer, [1])
+        with pytest.raises(DiskFull, match=r"c/1/0: the disk is full; .* --resume"):
+            writer.wait()
         assert digests(tmp_path / "s") == before
         assert writer.missing() == [1, 2, 3]
+
+
+def test_a_failed_sync_is_told_once_by_the_next_write_whose_own_chunk_is_kept(plan, tmp_path, full_disk):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0])
+        writer.wait()
+        full_disk()
+        write(writer, [1])
+        with pytest.raises(DiskFull, match="c/1/0"):
+            write(writer, [2])
+        write(writer, [3, 1])
+        writer.finish()
+    assert torch.equal(ActivationStore.open(tmp_path / "s").rows(0, 1000), ROWS.half())
+
+
+def test_finishing_tells_that_the_last_chunk_could_not_be_synced(plan, tmp_path, full_disk):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2])
+        writer.wait()
+        full_disk()
+        write(writer, [3])
+        with pytest.raises(DiskFull, match="c/3/0"):
+            writer.finish()
+
+
+def test_the_end_of_the_block_tells_that_the_last_chunk_could_not_be_synced(plan, tmp_path, full_disk):
+    def begin() -> None:
+        with StoreWriter.create(tmp_path / "s", *plan) as writer:
+            full_disk()
+            write(writer, [0])
+
+    with pytest.raises(DiskFull, match="c/0/0"):
+        begin()
+    assert not list((tmp_path / "s").rglob("*.partial"))
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Every sync waits until the event is set."""
+    ready, sync = threading.Event(), os.fsync
+
+    def slow(descriptor):
+        assert ready.wait(60)
+        sync(descriptor)
+
+    ready.set()
+    monkeypatch.setattr("tcsae.store.atomic.os.fsync", slow)
+    yield ready
+    ready.set()
+
+
+def test_writing_returns_before_the_sync_and_the_rows_may_then_be_changed(plan, tmp_path, slow_disk):
+    rows = ROWS[:300].half()
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        slow_disk.clear()
+        writer.write(HOOK, 0, rows)
+        rows.zero_()
+        assert not chunk_file(tmp_path / "s", 0).exists()
+        slow_disk.set()
+        writer.wait()
+        assert chunk_file(tmp_path / "s", 0).exists()
+        write(writer, [1, 2, 3])
+        writer.finish()
+    assert torch.equal(ActivationStore.open(tmp_path / "s").rows(0, 1000), ROWS.half())
+
+
+def test_a_chunk_that_is_written_twice_in_a_row_has_the_second_bytes(plan, tmp_path, slow_disk):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        slow_disk.clear()
+        writer.write(HOOK, 0, -ROWS[:300])
+        threading.Timer(0.2, slow_disk.set).start()
+        write(writer, [0, 1, 2, 3])
+        writer.finish()
+    assert torch.equal(ActivationStore.open(tmp_path / "s").rows(0, 1000), ROWS.half())
+
+
+@pytest.mark.parametrize("ask", [StoreWriter.finish, StoreWriter.missing])
+def test_whoever_looks_at_the_chunks_waits_for_the_last_one(plan, tmp_path, slow_disk, ask):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2])
+        writer.wait()
+        slow_disk.clear()
+        write(writer, [3])
+        threading.Timer(0.2, slow_disk.set).start()
+        assert not ask(writer)
+
+
+def test_an_error_in_the_block_is_the_one_told_and_leaves_whole_chunks_only(plan, tmp_path, slow_disk):
+    def begin() -> None:
+        with StoreWriter.create(tmp_path / "s", *plan) as writer:
+            write(writer, [0])
+            writer.wait()
+            slow_disk.clear()
+            write(writer, [1])
+            threading.Timer(0.2, slow_disk.set).start()
+            raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError, match="the caller's own"):
+        begin()
+    assert not list((tmp_path / "s").rglob("*.partial"))
+    with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
+        assert writer.missing() == [2, 3]
+
+
+def test_a_writer_made_directly_has_each_chunk_in_place_when_it_returns(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan):
+        worker = StoreWriter(tmp_path / "s", *plan)
+        for chunk in range(4):
+            write(worker, [chunk])
+            assert chunk_file(tmp_path / "s", chunk).exists()
 
 
 # Refused values

@@ -1,0 +1,108 @@
+"""SAELens' cache-activations runner, timed on request: the other half of benchmarks/harvest.py --saelens-python.
+
+It runs in an environment of its own, where sae-lens is installed and tcsae need not be: the two want different
+versions of transformer_lens. One argument, a JSON object with
+
+    home           a folder that holds the model at EleutherAI/pythia-70m: HookedTransformer takes only names that it
+                   knows, and seen from there that one is a local folder, so no hub is asked
+    tokens         .npy of token ids [sequence, position]: a pretokenised dataset, its faster way
+    hooks          {kind of model: names of the hooks there}
+    batch_size, threads, scratch
+
+Once the models are loaded it writes one line, ``{"ready": versions}``. Then, for each line ``[kind, hook]`` that it
+reads, it runs that runner into an empty folder and writes ``{"seconds": ..., "model": ...}``: the whole of run() and
+the part of it in the model. Both are timed from outside; nothing of SAELens is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# read by the libraries when they are imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
+MODEL = "EleutherAI/pythia-70m"
+
+
+def main() -> None:
+    """Load the models, then answer requests until the input ends."""
+    asked = json.loads(sys.argv[1])
+    warnings.simplefilter("ignore")
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # loading a model prints
+        serve(asked, answers)
+
+
+def serve(asked: dict[str, Any], answers: Any) -> None:
+    """As the module says."""
+    import datasets
+    import numpy as np
+    import torch
+    from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+
+    datasets.disable_progress_bars()
+    torch.set_num_threads(asked["threads"])
+    os.chdir(asked["home"])
+    ids = np.load(asked["tokens"])
+    n_sequences, context_size = ids.shape
+    d_model = json.loads((Path(MODEL) / "config.json").read_text())["hidden_size"]
+    into = Path(asked["scratch"])
+
+    def runner(kind: str, hook: str) -> CacheActivationsRunner:
+        config = CacheActivationsRunnerConfig(
+            dataset_path="given as an object",
+            model_name=MODEL,
+            model_class_name=kind,
+            model_batch_size=asked["batch_size"],
+            hook_name=hook,
+            d_in=d_model,
+            training_tokens=ids.size,
+            context_size=context_size,
+            prepend_bos=False,  # the given sequences have theirs
+            new_cached_activations_path=str(into),
+            # a buffer is filled whatever training_tokens says, so it is to hold the tokens exactly
+            buffer_size_gb=(ids.size * d_model * 4 + 0.5) / 1e9,
+            dtype="float32",
+            device="cpu",
+            shuffle=False,
+        )
+        return CacheActivationsRunner(
+            config, override_dataset=datasets.Dataset.from_dict({"tokens": ids.tolist()})
+        )
+
+    runners = {(kind, hook): runner(kind, hook) for kind, hooks in asked["hooks"].items() for hook in hooks}
+    names = ("sae-lens", "transformer-lens", "transformers", "torch")
+    print(json.dumps({"ready": {name: version(name) for name in names}}), file=answers, flush=True)
+    for line in sys.stdin:
+        kind, hook = json.loads(line)
+        one = runners[kind, hook]
+        shutil.rmtree(into, ignore_errors=True)
+        inside = [0.0]
+        run_with_cache = type(one.model).run_with_cache
+
+        def watched(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            found = run_with_cache(one.model, *args, **options)  # noqa: B023  # called in this turn
+            inside[0] += time.perf_counter() - began  # noqa: B023
+            return found
+
+        one.model.run_with_cache = watched
+        began = time.perf_counter()
+        made = one.run()
+        seconds = time.perf_counter() - began
+        assert len(made) == n_sequences, f"{len(made)} sequences, expected {n_sequences}"
+        print(json.dumps({"seconds": seconds, "model": inside[0]}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The peers' training steps, timed on request: the other half of benchmarks/train.py --peers-python.
+
+It runs in an environment of its own, where sae-lens, eai-sparsify and dictionary-learning are installed and tcsae need
+not be. One argument, a JSON object with ``d_model, features, batch, k, threads``. It writes one line, ``{"ready":
+versions}``; a peer that is missing or does not start is named in ``"missing"`` with the reason. Then, for each line
+that it reads, the name of a peer, it takes one training step on a batch of random rows and writes its seconds. A step
+is the peer's own: selection, losses, its bookkeeping, gradient clipping and optimiser; no data is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from itertools import count
+from typing import Any
+
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+
+
+def saelens(asked: dict[str, Any], kind: str) -> Callable[[], object]:
+    """SAELens' training class in SAELens' trainer."""
+    from sae_lens import (
+        BatchTopKTrainingSAE,
+        BatchTopKTrainingSAEConfig,
+        StandardTrainingSAE,
+        StandardTrainingSAEConfig,
+    )
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    size = {"d_in": asked["d_model"], "d_sae": asked["features"]}
+    sae = (
+        BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=asked["k"]))
+        if kind == "batchtopk"
+        else StandardTrainingSAE(StandardTrainingSAEConfig(**size))
+    )
+    rows = data(asked)
+    settings = SAETrainerConfig(
+        total_training_samples=10**6 * asked["batch"], train_batch_size_samples=asked["batch"], lr_end=3e-5
+    )
+    trainer = SAETrainer(settings, sae, rows)
+    return lambda: trainer._train_step(sae, next(rows))
+
+
+def dictionary_learning(asked: dict[str, Any]) -> Callable[[], object]:
+    """dictionary_learning's BatchTopK trainer."""
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+
+    trainer = BatchTopKTrainer(
+        steps=10**6,
+        activation_dim=asked["d_model"],
+        dict_size=asked["features"],
+        k=asked["k"],
+        layer=0,
+        lm_name="none",
+        device="cpu",
+    )
+    rows, step = data(asked), count(1)
+    return lambda: trainer.update(next(step), next(rows))
+
+
+def sparsify(asked: dict[str, Any]) -> Callable[[], object]:
+    """sparsify's TopK coder with its sparse decoder, in the order of its trainer's loop, with Adam."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    coder = SparseCoder(asked["d_model"], SparseCoderConfig(num_latents=asked["features"], k=asked["k"]))
+    optimizer = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
+    rows = data(asked)
+    fired = torch.zeros(asked["features"], dtype=torch.bool)
+
+    def step() -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        found = coder(next(rows))
+        found.fvu.backward()
+        fired[found.latent_indices.flatten()] = True
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def data(asked: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The same four batches again and again."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(asked["batch"], asked["d_model"], generator=generator) for _ in range(4)]
+    for i in count():
+        yield batches[i % 4]
+
+
+PEERS: dict[str, tuple[str, Callable[[dict[str, Any]], Callable[[], object]]]] = {
+    "SAELens BatchTopK": ("sae-lens", lambda asked: saelens(asked, "batchtopk")),
+    "SAELens Standard": ("sae-lens", lambda asked: saelens(asked, "standard")),
+    "dictionary_learning BatchTopK": ("dictionary-learning", dictionary_learning),
+    "sparsify TopK": ("eai-sparsify", sparsify),
+}
+
+
+def main() -> None:
+    """Make the peers, then answer requests until the input ends."""
+    asked = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(asked["threads"])
+    steps, versions, missing = {}, {"torch": torch.__version__}, {}
+    with contextlib.redirect_stdout(sys.stderr):
+        for name, (package, make) in PEERS.items():
+            try:
+                steps[name] = make(asked)
+                versions[package] = version(package)
+                steps[name]()
+            except Exception as error:  # noqa: BLE001  # whatever ails a peer is said beside its name
+                steps.pop(name, None)
+                missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        answers.write(json.dumps({"ready": versions, "steps": list(steps), "missing": missing}) + "\n")
+        for line in sys.stdin:
+            began = time.perf_counter()
+            steps[line.strip()]()
+            answers.write(json.dumps(time.perf_counter() - began) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The index of a store: tokens, offsets and the documents' table, read whole and checked against each other."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tcsae.store.chunks import CHECKSUM_BYTES, MEND, map_file, map_raw
+from tcsae.store.errors import StoreCorrupt
+from tcsae.store.metadata import ROOT, Sizes, array_metadata, file_sha256, read_root, recorded_digests
+from tcsae.store.spec import (
+    CONTEXT_OFFSETS,
+    DOCUMENT_COLUMNS,
+    DOCUMENT_OFFSETS,
+    DOCUMENTS_FILE,
+    TOKENS,
+    Layout,
+    Provenance,
+    offsets_problem,
+)
+
+
+def read_layout(store: Path, *, check_digests: bool = True) -> Layout:
+    """Tokens, offsets and documents of the store at ``store``, finished or not, checked against each other.
+
+    The arrays have a CRC-32C of their own; documents.parquet has none and is compared with its SHA-256 in the
+    attributes, if a store is not from before it was kept, unless ``check_digests`` is false.
+
+    Raises `StoreCorrupt` naming the array and what is wrong with it.
+    """
+    attributes = read_root(store)
+    made = Provenance.from_dict(attributes, str(store / ROOT))
+    digests = recorded_digests(attributes, str(store / ROOT)) if check_digests else {}
+    for altered in digest_problems(store, digests, (DOCUMENTS_FILE,)):
+        raise StoreCorrupt(f"{altered}; copy the store again")
+    tokens = _index(store, TOKENS, "<i4")
+    document_offsets = _index(store, DOCUMENT_OFFSETS, "<i8")
+    context_offsets = _index(store, CONTEXT_OFFSETS, "<i8")
+    problem = offsets_problem(document_offsets, context_offsets, len(tokens))
+    if problem:
+        raise StoreCorrupt(f"{store}: {problem}; copy the store again")
+    documents = _documents(store, len(document_offsets) - 1)
+    for name, expected in array_metadata(
+        made, Sizes(len(tokens), len(document_offsets) - 1, len(context_offsets) - 1)
+    ).items():
+        _check_metadata(store / name, expected)
+    return Layout(tokens, document_offsets, context_offsets, documents)
+
+
+def digest_problems(store: Path, digests: dict[str, str], names: Iterable[str]) -> Iterator[str]:
+    """A line for each of the files ``names`` that is there and has another SHA-256 than ``digests`` says."""
+    for name in names:
+        path = store / name
+        if name in digests and path.is_file() and (found := file_sha256(path)) != digests[name]:
+            yield (
+                f"{path}: SHA-256 {digests[name][:12]}… expected, {found[:12]}… found: altered, or another "
+                "store's file"
+            )
+
+
+def _index(store: Path, name: str, dtype: str) -> npt.NDArray[Any]:
+    header = store / name / ROOT
+    try:
+        length = json.loads(header.read_bytes())["shape"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise StoreCorrupt(f"{header}: cannot be read ({error}); {MEND}") from error
+    path = store / name / "c" / "0"
+    refuse_link(store, path)
+    size = length * np.dtype(dtype).itemsize + CHECKSUM_BYTES
+    map_raw(path, size)
+    # Mapped anew: what the check has read of the first map would count as this process's memory.
+    return map_file(path, size)[:-CHECKSUM_BYTES].view(dtype)
+
+
+def _documents(store: Path, n_documents: int) -> pa.Table:
+    path = store / DOCUMENTS_FILE
+    refuse_link(store, path)
+    try:
+        documents = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StoreCorrupt(f"{path}: cannot be read ({error}); copy the store again") from error
+    lacking = [name for name in DOCUMENT_COLUMNS if name not in documents.column_names]
+    if lacking or documents.num_rows != n_documents:
+        raise StoreCorrupt(
+            f"{path}: expected {n_documents} lines with {', '.join(DOCUMENT_COLUMNS)}, got "
+            f"{documents.num_rows} with {', '.join(documents.column_names)}; copy the store again"
+        )
+    return documents
+
+
+def _check_metadata(path: Path, expected: bytes) -> None:
+    """Plain Zarr readers go by these files, so they must say what this reader assumes."""
+    try:
+        same = json.loads(path.read_bytes()) == json.loads(expected)
+    except (OSError, ValueError) as error:
+        raise StoreCorrupt(f"{path}: cannot be read ({error}); copy the store again") from error
+    if not same:
+        raise StoreCorrupt(f"{path}: does not fit the group's attributes; copy the store again")
+
+
+def refuse_link(store: Path, path: Path) -> None:
+    """A shared store must not lead a reader to a file elsewhere."""
+    inside = os.path.realpath(store)
+    if os.path.realpath(path) != os.path.join(inside, path.relative_to(store)):  # noqa: PTH118
+        raise StoreCorrupt(f"{path}: is a link out of its place; a store has plain files only")

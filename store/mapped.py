@@ -1,0 +1,130 @@
+"""Which chunks of a hook are in this process's memory: mapped where they are raw, decoded where not.
+
+The kernel can take a map's pages back at any time, but until it does they count as the process's memory: for a
+Dask worker's limit, for a batch system, and for whoever looks. So a process that reads a large store gives
+its maps up from time to time, and maps again what it needs, which takes a hundredth of verifying it again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from tcsae.store.cache import CachedStore
+from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path, codec_of, map_chunk, map_raw, read_chunk
+from tcsae.store.errors import StoreCorrupt
+from tcsae.store.index import refuse_link
+from tcsae.store.spec import CHECKSUMS, TORCH_DTYPES, Provenance
+
+MAX_MAPPED_CHUNKS = 4096
+"""Chunks of a hook that stay mapped at once; Linux allows a process about 65,000 maps in all."""
+
+RESIDENT_BYTES = 2**29
+"""Bytes that are read of a hook's maps before all of them are given up, unless they are smaller together."""
+
+TOUCHED_BYTES = 2**17
+"""What reading a piece of a map makes resident beyond it: Linux maps 64 kB around both of its ends."""
+
+DECODED_BYTES = 2**29
+"""Decoded chunks of a hook that are kept, in bytes; two at least."""
+
+
+class HookChunks:
+    """Chunk number to its rows, padding left off; a chunk is verified when it is first asked for.
+
+    Parameters
+    ----------
+    store
+        folder of the store, or of what is cached of it
+    hook, provenance, n_rows
+        of the store
+    cached
+        where chunks that are not in the folder are fetched from; None for a store on this machine
+
+    Raises
+    ------
+    StoreCorrupt
+        the table of checksums is missing or altered, or the codec unknown
+    """
+
+    def __init__(
+        self, store: Path, hook: str, provenance: Provenance, n_rows: int, cached: CachedStore | None
+    ) -> None:
+        self._store = store
+        self._cached = cached
+        self._hook = hook
+        self._made = provenance
+        self._n_rows = n_rows
+        self._mapped: OrderedDict[int, Tensor] = OrderedDict()
+        n_chunks = -(-n_rows // provenance.rows_per_chunk)
+        table, _ = map_raw(store / CHECKSUMS / hook / "c" / "0", 4 * n_chunks + CHECKSUM_BYTES)
+        self._checksums = table.view("<u4")
+        codec_of(provenance, hook)  # refuses an unknown one now
+        self._is_raw = provenance.codec == "raw"
+        self._row_bytes = provenance.d_model * TORCH_DTYPES[provenance.dtype].itemsize
+        self._chunk_bytes = provenance.rows_per_chunk * self._row_bytes
+        self._most = MAX_MAPPED_CHUNKS if self._is_raw else max(2, DECODED_BYTES // self._chunk_bytes)
+        self._verified = np.zeros((n_chunks, 2), dtype=np.int64)  # `_identity` of the file that was verified
+        self._read_bytes = 0
+
+    def will_read(self, n_rows: int, n_pieces: int) -> None:
+        """Hear that ``n_rows`` rows in ``n_pieces`` pieces are about to be read, and perhaps give maps up.
+
+        A map that somebody has a view of lives on as long as the view.
+        """
+        self._read_bytes += n_rows * self._row_bytes + n_pieces * TOUCHED_BYTES
+        mapped = len(self._mapped) * self._chunk_bytes
+        if self._is_raw and min(self._read_bytes, mapped) > RESIDENT_BYTES:
+            self._mapped.clear()
+            self._read_bytes = 0
+
+    def __getitem__(self, chunk: int) -> Float[Tensor, "row d_model"]:
+        """Rows of chunk number ``chunk``; raises `StoreCorrupt`, or `RemoteError` if it cannot be fetched."""
+        if chunk in self._mapped:
+            self._mapped.move_to_end(chunk)
+            return self._mapped[chunk]
+        path = chunk_path(self._store, self._hook, chunk)
+        if self._is_raw and _identity(path) == tuple(self._verified[chunk].tolist()):
+            rows = map_chunk(path, self._made)
+        else:
+            rows = self._read(chunk, path)
+        rows = rows[: self._n_rows - chunk * self._made.rows_per_chunk]
+        self._mapped[chunk] = rows
+        if len(self._mapped) > self._most:
+            self._mapped.popitem(last=False)
+        return rows
+
+    def _read(self, chunk: int, path: Path) -> Tensor:
+        made = self._made
+        checksum = int(self._checksums[chunk])
+        self.will_read(made.rows_per_chunk, 1)
+        if self._cached is not None:
+            self._cached.fetch(str(path.relative_to(self._store)))
+        refuse_link(self._store, path)
+        # looked up before the file is opened: one that is replaced in between is verified again next time
+        identity = _identity(path)
+        try:
+            rows = read_chunk(self._store, made, self._hook, chunk, checksum=checksum)
+        except StoreCorrupt:
+            if self._cached is None:
+                raise
+            # damaged on this machine, or just removed by another process that makes room
+            with self._cached.naming_the_url():
+                self._cached.fetch(str(path.relative_to(self._store)), again=True)
+                identity = _identity(path)
+                rows = read_chunk(self._store, made, self._hook, chunk, checksum=checksum)
+        self._verified[chunk] = identity
+        return rows
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Inode and time of the last change, which tell a file from another under its name; (-1, -1) for none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return found.st_ino, found.st_mtime_ns
