@@ -11,8 +11,10 @@ import json
 import logging
 import os
 import sys
+import time
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -20,9 +22,12 @@ import typer
 # (docs/decisions/004).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from tcsae.store.errors import ConfigError, Interrupted, StoreCorrupt, TcsaeError
+from tcsae.store.errors import ConfigError, Interrupted, ModelNotFound, StoreCorrupt, TcsaeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tcsae.store import ActivationStore
     from tcsae.train import TrainConfig
 
 app = typer.Typer(
@@ -47,21 +52,38 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an int
 
 
 def main() -> None:
-    """Entry point of ``tcsae``: every error on purpose becomes one line on stderr."""
+    """Entry point of ``tcsae``: every error on purpose becomes one line on stderr.
+
+    Of several processes that torchrun has started the first alone prints.
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "transformers", "transformer_lens", "huggingface_hub", "datasets", "matplotlib"):
+    if not _is_first():
+        logging.getLogger().setLevel(logging.ERROR)
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (open until the end)
+    hub, cloud = ("httpx", "huggingface_hub", "datasets"), ("aiobotocore", "botocore", "s3fs")
+    for noisy in (*hub, *cloud, "transformers", "transformer_lens", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
     except Interrupted as error:
-        sys.stderr.write(f"tcsae: {error}\n")
-        sys.exit(130)
+        _end(str(error), 130)
     except TcsaeError as error:
-        sys.stderr.write(f"tcsae: {' '.join(str(error).split())}\n")
-        sys.exit(1)
+        _end(" ".join(str(error).split()), 1)
     except KeyboardInterrupt:
-        sys.stderr.write("tcsae: interrupted before anything was begun\n")
-        sys.exit(130)
+        _end("interrupted before anything was begun", 130)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _end(message: str, status: int) -> NoReturn:
+    if _is_first():
+        sys.stderr.write(f"tcsae: {message}\n")
+    else:
+        # torchrun ends all processes as soon as one has ended: the first gets the time to have its say.
+        time.sleep(5)
+    sys.exit(status)
 
 
 @app.command(
@@ -134,26 +156,39 @@ def train(
     device: DeviceOption = "auto",
     resume: ResumeOption = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print steps, memory and time; write nothing.")
+        bool, typer.Option("--dry-run", help="Print steps, memory, FLOP and time; write nothing.")
+    ] = False,
+    log: Annotated[str, typer.Option(help="Also log to tensorboard or wandb, or tensorboard,wandb.")] = "",
+    plot: Annotated[
+        bool,
+        typer.Option(
+            "--plot",
+            help="Draw training_metrics.png of RUN, finished or not, from what it has logged; no more.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train SAEs on a store, all arms and seeds side by side in one pass over it."""
     from tcsae.store import ActivationStore
     from tcsae.train import dry_run as plan
+    from tcsae.train import plot_run
     from tcsae.train import train as fit
 
+    if plot:
+        _print(plot_run(run), as_json)
+        return
+    log_to = tuple(log.split(",")) if log else ()
     named = recipe or config or settings or tokens or seeds
     if resume and not named and not dry_run:
         # the run's own configuration, which is what the message of an interrupted run asks for
-        _print(fit(ActivationStore.open(store), run, resume=True, device=device), as_json)
+        _print(fit(ActivationStore.open(store), run, resume=True, device=device, log_to=log_to), as_json)
         return
     asked = _train_config(recipe or [], config, settings or [], tokens, seeds)
     opened = ActivationStore.open(store)
     if dry_run:
         _print(plan(opened, asked, device=device), as_json)
     else:
-        _print(fit(opened, run, asked, resume=resume, device=device), as_json)
+        _print(fit(opened, run, asked, resume=resume, device=device, log_to=log_to), as_json)
 
 
 @app.command(epilog="Example: tcsae evaluate run results --store acts.zarr")
@@ -161,7 +196,10 @@ def evaluate(
     run: Annotated[list[Path], typer.Argument(help="Run folders, SAE folders, folders in SAELens' format.")],
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
     store: Annotated[
-        Path, typer.Option(help="The store that the SAEs were trained on, or one of the same model.")
+        str,
+        typer.Option(
+            help="The store that the SAEs were trained on, or one of the same model: a folder or URL."
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Where the store's model is found now, if elsewhere.")
@@ -200,13 +238,11 @@ def evaluate(
 @app.command(epilog="Example: tcsae recipes tc16")
 def recipes(name: Annotated[str | None, typer.Argument(help="One recipe, in full.")] = None) -> None:
     """List the named arms that train takes, or print one of them as TOML."""
-    from tcsae.train.recipes import load_recipe, recipe_names
+    from tcsae.train.recipes import load_recipe, load_recipes, recipe_names
     from tcsae.train.settings import to_toml
 
     if name is not None:
-        from tcsae.train import TrainConfig
-
-        typer.echo(to_toml(TrainConfig(arms=(load_recipe(name),))).rstrip())
+        typer.echo(to_toml(load_recipes([name])).rstrip())
         return
     names = recipe_names()
     width = max(map(len, names))
@@ -219,15 +255,16 @@ def info(
     store: Annotated[str, typer.Argument(help="A finished store: a folder or a URL.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a store holds: model, corpus, rows, documents, hooks and their norms."""
-    from tcsae.store import describe
+    """Say what a store holds: model, corpus, rows, documents, topics, hooks and their norms, a few beginnings."""
+    from tcsae.store import ActivationStore, describe
 
-    _print(describe(store), as_json)
+    opened = ActivationStore.open(store)
+    _print(describe(opened, _decoder(opened)), as_json)
 
 
 @store_app.command(epilog="Example: tcsae store verify acts.zarr --workers 2")
 def verify(
-    store: Annotated[str, typer.Argument(help="A finished store: a folder or a URL.")],
+    store: Annotated[str, typer.Argument(help="Folder of a finished store.")],
     workers: Annotated[int, typer.Option(help="Processes that read chunks.")] = 1,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler instead.")] = None,
     as_json: JsonOption = False,
@@ -289,10 +326,12 @@ def card(
     out: Annotated[Path | None, typer.Option(help="File to write; stdout if left out.")] = None,
 ) -> None:
     """Write the README.md of a store: what it is, from what it was made, how to read it."""
+    from tcsae.store import ActivationStore
     from tcsae.store.atomic import write_atomically
     from tcsae.store.card import write_card
 
-    text = write_card(store)
+    opened = ActivationStore.open(store)
+    text = write_card(opened, _decoder(opened))
     if out is None:
         typer.echo(text.rstrip())
     else:
@@ -344,19 +383,13 @@ def _train_config(
     names: list[str], file: Path | None, settings: list[str], tokens: int | None, seeds: str | None
 ) -> TrainConfig:
     """The run's configuration: a file or recipes, then ``--tokens`` and ``--seeds``, then each ``--set``."""
-    from tcsae.train import TrainConfig
-    from tcsae.train.recipes import load_recipe
+    from tcsae.train.recipes import load_recipes
     from tcsae.train.settings import load_config, with_settings
 
     if bool(names) == (file is not None):
         raise ConfigError(
             "give either --recipe (once or more) or --config FILE; `tcsae recipes` lists the recipes"
         )
-    config = (
-        load_config(file)
-        if file is not None
-        else TrainConfig(arms=tuple(load_recipe(name) for name in names))
-    )
     pairs = {}
     if tokens is not None:
         pairs["tokens"] = str(tokens)
@@ -367,7 +400,20 @@ def _train_config(
         if not equals:
             raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
         pairs[key.strip()] = value.strip()
+    config = load_config(file) if file is not None else load_recipes(names, given=pairs)
     return with_settings(config, pairs)
+
+
+def _decoder(store: ActivationStore) -> Callable[[list[int]], str] | None:
+    """Token ids to text by the tokenizer of the store's model, if that is on this machine."""
+    from tcsae.harvest.decode import local_decoder
+
+    made = store.provenance
+    try:
+        return local_decoder(made.model, made.model_revision, made.tokenizer_sha256)
+    except ModelNotFound as error:
+        logging.getLogger(__name__).info("examples: no text: %s", error)
+        return None
 
 
 def _span(option: str, given: str | None) -> tuple[int, int] | None:
@@ -389,7 +435,9 @@ def _print(result: Any, as_json: bool) -> None:
         return
     width = max(map(len, values))
     for name, value in values.items():
-        typer.echo(f"{name.replace('_', ' '):<{width}}  {_readable(value)}")
+        lines = _readable(value).splitlines() or ["-"]
+        for title, line in zip_longest([name.replace("_", " ")], lines, fillvalue=""):
+            typer.echo(f"{title:<{width}}  {line}")
 
 
 def _readable(value: Any) -> str:
@@ -404,6 +452,8 @@ def _readable(value: Any) -> str:
             shown = [f"{k}: {_readable(v)}" for k, v in list(value.items())[:MOST_SHOWN]]
             more = len(value) - len(shown)
             return ", ".join([*shown, f"and {more} more"] if more else shown) or "-"
+        case list() | tuple() if any(isinstance(one, str) and " " in one for one in value):
+            return "\n".join(" ".join(one.split()) for one in value)  # texts: one a line
         case list() | tuple():
             return ", ".join(map(_readable, value)) or "-"
     return str(value)

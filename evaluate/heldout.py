@@ -77,7 +77,7 @@ class HeldOut:
         self.documents: Indices = store.documents_in(split)
         if not len(self.documents):
             raise StoreMismatch(
-                f"{store.path}: no document in split {split!r} ({store.n_documents} documents in all); "
+                f"{store.url}: no document in split {split!r} ({store.n_documents} documents in all); "
                 "harvest more documents or evaluate on another split"
             )
         self.contexts: Indices = store.contexts_in(split)

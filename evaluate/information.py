@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor
 
 from tcsae.evaluate.autocorrelation import LAGS, Codes
@@ -81,13 +81,13 @@ class InformationSums:
     lags: tuple[int, ...]
     n: Int64[np.ndarray, "kind lag unit"]
     """pairs, kinds as in `KINDS`"""
-    cells: Int64[np.ndarray, "kind lag unit feature cell"]
+    cells: Int32[np.ndarray, "kind lag unit feature cell"]
     """pairs by 4 x first state + second state; that of off and off is left 0, it follows from ``n``"""
 
 
 def bytes_per_unit(d_sae: int, n_lags: int = len(LAGS)) -> int:
     """Memory that one more unit costs."""
-    return 8 * len(KINDS) * n_lags * d_sae * CELLS
+    return 4 * len(KINDS) * n_lags * d_sae * CELLS
 
 
 def information_sums(
@@ -106,14 +106,15 @@ def information_sums(
     """
     stream = np.random.default_rng(seed)
     n = np.zeros((len(KINDS), len(lags), n_units), dtype=np.int64)
-    cells = np.zeros((len(KINDS), len(lags), n_units, d_sae, CELLS), dtype=np.int64)
+    cells = np.zeros((len(KINDS), len(lags), n_units, d_sae, CELLS), dtype=np.int32)
     for one in codes:
         states = _Sparse.of(thirds.states(one.f.cpu()))
-        unit = one.unit.numpy()
+        # Only the few units of the block: to add a table of all of them costs more than to count.
+        present, place = np.unique(one.unit.numpy(), return_inverse=True)
         for at, lag in enumerate(lags):
             for kind, (first, second) in enumerate(_pairs(one, lag, stream)):
-                n[kind, at] += np.bincount(unit[first], minlength=n_units)
-                cells[kind, at] += states.joint(first, second, unit, n_units)
+                n[kind, at, present] += np.bincount(place[first], minlength=len(present))
+                cells[kind, at, present] += states.joint(first, second, place, len(present))
     return InformationSums(tuple(lags), n, cells)
 
 
@@ -154,7 +155,7 @@ def normalised_information(joint: Float[np.ndarray, "*any first second"]) -> Arr
     >>> float(normalised_information(np.array([[25.0, 25.0], [25.0, 25.0]])).round(3))
     -0.007
     """
-    n = joint.sum(axis=(-2, -1))
+    n: Array = np.asarray(joint.sum(axis=(-2, -1)))
     ends = [joint.sum(axis=-1), joint.sum(axis=-2)]
     with np.errstate(divide="ignore", invalid="ignore"):
         first, second = (_entropy(end, n) for end in ends)
@@ -167,8 +168,7 @@ def _entropy(counts: Float[np.ndarray, "*any state"], n: Float[np.ndarray, "*any
     """In nats, Miller-Madow corrected; 0 where one state is occupied."""
     p = counts / n[..., None]
     plain = -np.where(counts > 0, p * np.log(np.where(counts > 0, p, 1.0)), 0.0).sum(axis=-1)
-    found: Array = plain + ((counts > 0).sum(axis=-1) - 1) / (2 * n)
-    return found
+    return np.asarray(plain + ((counts > 0).sum(axis=-1) - 1) / (2 * n))
 
 
 def _pairs(one: Codes, lag: int, stream: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -228,7 +228,7 @@ class _Sparse(NamedTuple):
         places.append((of_unit[pair], feature, self.dense[b[pair], feature].long()))
         d_sae = self.dense.shape[1]
         at = torch.cat([(u * d_sae + f) * CELLS + cell for u, f, cell in places])
-        return torch.bincount(at, minlength=n_units * d_sae * CELLS).view(n_units, d_sae, CELLS).numpy()
+        return torch.bincount(at, minlength=n_units * d_sae * CELLS).view(n_units, d_sae, CELLS).int().numpy()
 
     def _entries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """For each entry of ``rows`` that is not off: which of ``rows``, and its feature."""

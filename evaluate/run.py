@@ -210,7 +210,7 @@ def _load_model(config: EvaluateConfig, store: ActivationStore) -> ReplayModel:
     ):
         if theirs != stores:
             raise StoreMismatch(
-                f"{store.path}: made by {made.model} with {what} {stores[:12]}…, but model {model.name} has "
+                f"{store.url}: made by {made.model} with {what} {stores[:12]}…, but model {model.name} has "
                 f"{what} {theirs[:12]}…; name the store's own model or harvest again"
             )
     return cast(ReplayModel, model)

@@ -106,30 +106,30 @@ def _matching_hook(sae: SAE, store: ActivationStore, where: str) -> str:
     if hook is None:
         if len(store.hooks) > 1:
             raise StoreMismatch(
-                f"{where}: does not say which hook it reads, and {store.path} has {', '.join(store.hooks)}; "
+                f"{where}: does not say which hook it reads, and {store.url} has {', '.join(store.hooks)}; "
                 "put hook_name into its cfg.json"
             )
         hook = store.hooks[0]
     if hook not in store.hooks:
         raise StoreMismatch(
-            f"{where}: reads hook {hook!r}, but {store.path} holds {', '.join(store.hooks)}; evaluate it on "
+            f"{where}: reads hook {hook!r}, but {store.url} holds {', '.join(store.hooks)}; evaluate it on "
             f"a store harvested with --hook {hook}"
         )
     if sae.d_in != store.d_model:
         raise StoreMismatch(
-            f"{where}: takes activations of {sae.d_in} dimensions, but {store.path} holds {store.d_model}; "
+            f"{where}: takes activations of {sae.d_in} dimensions, but {store.url} holds {store.d_model}; "
             "evaluate it on a store of its own model"
         )
     ours = sae.metadata.get("tcsae") or {}
     sha256, model = ours.get("model_sha256"), sae.metadata.get("model_name")
     if sha256 is not None and sha256 != made.model_sha256:
         raise StoreMismatch(
-            f"{where}: trained on model {model} with weights {sha256[:12]}…, but {store.path} was made by "
+            f"{where}: trained on model {model} with weights {sha256[:12]}…, but {store.url} was made by "
             f"{made.model} with weights {made.model_sha256[:12]}…; evaluate it on a store of its own model"
         )
     if sha256 is None and model is not None and model != made.model:
         raise StoreMismatch(
-            f"{where}: trained on model {model!r}, but {store.path} was made by {made.model!r}; evaluate it "
+            f"{where}: trained on model {model!r}, but {store.url} was made by {made.model!r}; evaluate it "
             "on a store of its own model"
         )
     return str(hook)

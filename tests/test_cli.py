@@ -50,7 +50,7 @@ def test_options_are_those_that_scripts_rely_on():
     expected = {
         "harvest": "corpus hook model context-length dtype precision max-tokens rows-per-chunk workers scheduler "
         "device resume dry-run json",
-        "train": "recipe config set tokens seeds device resume dry-run json",
+        "train": "recipe config set tokens seeds device resume dry-run log plot json",
         "evaluate": "store model suite split max-tokens seed device json",
         "recipes": "",
         "store info": "json",

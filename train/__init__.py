@@ -6,7 +6,8 @@ Imports `tcsae.store` and nothing else of ours.
 from tcsae.train.config import ArmConfig, TrainConfig
 from tcsae.train.dryrun import DryRun, dry_run
 from tcsae.train.loop import train
-from tcsae.train.recipes import load_recipe, recipe_names
+from tcsae.train.plots import plot_run
+from tcsae.train.recipes import load_recipe, load_recipes, recipe_names
 from tcsae.train.run import Run
 from tcsae.train.sae.inference import SAE
 from tcsae.train.saelens import load_sae, save_sae
@@ -21,7 +22,9 @@ __all__ = [
     "dry_run",
     "load_config",
     "load_recipe",
+    "load_recipes",
     "load_sae",
+    "plot_run",
     "recipe_names",
     "save_sae",
     "train",

@@ -21,12 +21,14 @@ from torch import Tensor
 from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError, RunMismatch
 from tcsae.train.scaler import Scaler
+from tcsae.train.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
 Int64Array = npt.NDArray[np.int64]
 
 ORDER, RING, PAIRS = range(3)
+SAMPLE, RESAMPLE = 10, 11
 """purposes of random numbers; each has its own stream (see `random_stream`)"""
 
 
@@ -76,11 +78,14 @@ class WindowLoader:
         earlier positions of a context are not eligible
     device
         where the tensors go
+    world
+        the processes that each read an equal slice of a batch
 
     Raises
     ------
     ConfigError
-        no context of the train split holds a window, or all together hold less than a batch
+        no context of the train split holds a window, all together hold less than a batch, or a batch has
+        windows that cannot be shared out among the processes
     """
 
     def __init__(
@@ -93,9 +98,11 @@ class WindowLoader:
         seed: int,
         min_position: int,
         device: torch.device,
+        world: World = ALONE,
     ) -> None:
         self._store, self._hook, self._device = store, hook, device
         self._window, self._seed, self._min_position = window, seed, min_position
+        self._world = world
         statistics = store.statistics(hook)
         self.scaler = Scaler.of(statistics)
         self._outlier_norm = statistics.outlier_norm
@@ -106,9 +113,12 @@ class WindowLoader:
         lengths = np.diff(store.context_offsets)[contexts]
         fits = lengths >= window
         self._contexts, self._lengths = contexts[fits], lengths[fits]
-        self.windows_per_epoch = int((self._lengths // window).sum())
+        self._windows_until: Int64Array = np.cumsum(self._lengths // window)
+        self.windows_per_epoch = int(self._windows_until[-1]) if len(fits) and fits.any() else 0
         self.windows_per_batch = batch_tokens // window
         self.n_tokens = int(lengths.sum())
+        self.n_documents = len(np.unique(store.document_of_context[self._contexts]))
+        """of the train split that have a window"""
         n_eligible = np.maximum(self._lengths - min_position, 0)
         self.most_eligible = int(n_eligible.max(initial=0))
         """positions from ``min_position`` on of the longest context"""
@@ -119,14 +129,20 @@ class WindowLoader:
         longest = int(lengths.max()) if len(lengths) else 0
         if not self.windows_per_epoch:
             raise ConfigError(
-                f"window: {window} tokens, but the longest context of {store.path}'s train split has "
+                f"window: {window} tokens, but the longest context of {store.url}'s train split has "
                 f"{longest}; choose a smaller window or harvest with a larger --context-length"
             )
         if self.windows_per_epoch < self.windows_per_batch:
             raise ConfigError(
                 f"batch_tokens: {batch_tokens} tokens are {self.windows_per_batch} windows of {window}, but "
-                f"{store.path}'s train split has {self.windows_per_epoch} ({self.n_tokens} tokens); lower "
+                f"{store.url}'s train split has {self.windows_per_epoch} ({self.n_tokens} tokens); lower "
                 "batch_tokens or harvest more"
+            )
+        if self.windows_per_batch % world.size:
+            raise ConfigError(
+                f"batch_tokens: {batch_tokens} tokens are {self.windows_per_batch} windows of {window}, which "
+                f"{world.size} processes cannot share out equally; expected a multiple of "
+                f"{world.size * window} tokens"
             )
         self.epoch = 0
         self.cursor = 0
@@ -138,18 +154,19 @@ class WindowLoader:
         return self.windows_per_epoch * self._window
 
     def next(self) -> Rows:
-        """The next batch: windows one after the other, so it reshapes to [W, window]."""
-        picked = np.arange(self.cursor, min(self.cursor + self.windows_per_batch, self.windows_per_epoch))
-        starts, contexts = self._starts[picked], self._of_context[picked]
+        """The next batch, or this process's slice of it: windows one after the other, so [W, window] once reshaped."""
+        picked = self._order[self.cursor : self.cursor + self.windows_per_batch]
+        starts, contexts = self._windows(picked)
         self.cursor += self.windows_per_batch
         if self.cursor >= self.windows_per_epoch:
             self.cursor -= self.windows_per_epoch
             self.epoch += 1
             self._load_epoch()
             log.info("epoch %d begins, in a new order", self.epoch + 1)
-            starts = np.concatenate([starts, self._starts[: self.windows_per_batch - len(picked)]])
-            contexts = np.concatenate([contexts, self._of_context[: self.windows_per_batch - len(picked)]])
-        return self._read(starts, contexts)
+            more = self._windows(self._order[: self.windows_per_batch - len(picked)])
+            starts, contexts = np.concatenate([starts, more[0]]), np.concatenate([contexts, more[1]])
+        mine = self._world.slice(self.windows_per_batch)
+        return self._read(starts[mine], contexts[mine])
 
     def ring_rows(self, step: int, n: int) -> Rows:
         """About 1.5 ``n`` tokens from ``min_position`` on for the ring after ``step``, in random pieces.
@@ -168,6 +185,17 @@ class WindowLoader:
         starts = self._store.context_offsets[self._contexts[which]] + stream.integers(first, last + 1)
         return self._read(starts, self._contexts[which])
 
+    def sample(self, n: int) -> Rows:
+        """About ``n`` random tokens of the train split in windows, the same at every call.
+
+        Contexts are drawn in proportion to their length; tokens near their ends are in fewer windows.
+        """
+        stream = random_stream(self._seed, SAMPLE, 0)
+        share = self._lengths / self._lengths.sum()
+        which = stream.choice(len(share), size=math.ceil(n / self._window), p=share)
+        phase = stream.integers(self._lengths[which] - self._window + 1)
+        return self._read(self._store.context_offsets[self._contexts[which]] + phase, self._contexts[which])
+
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins."""
         return {"version": 1, "epoch": self.epoch, "cursor": self.cursor}
@@ -182,18 +210,19 @@ class WindowLoader:
         self._load_epoch()
 
     def _load_epoch(self) -> None:
-        """The windows of `epoch` in its order: `_starts` (rows) and `_of_context`."""
+        """The order of `epoch`, 4 bytes a window, and each context's phase: windows follow from them."""
         stream = random_stream(self._seed, ORDER, self.epoch)
-        window = self._window
         # A phase of 0 .. L mod window leaves room for all L // window windows.
-        phases = stream.integers(self._lengths % window + 1)
-        counts = self._lengths // window
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        within = np.arange(self.windows_per_epoch) - first  # counts [2, 3] give [0, 1, 0, 1, 2]
-        starts = np.repeat(self._store.context_offsets[self._contexts] + phases, counts) + within * window
-        order = stream.permutation(self.windows_per_epoch)
-        self._starts: Int64Array = starts[order]
-        self._of_context: Int64Array = np.repeat(self._contexts, counts)[order]
+        self._phases = stream.integers(self._lengths % self._window + 1)
+        self._order = stream.permutation(np.arange(self.windows_per_epoch, dtype=np.uint32))
+
+    def _windows(self, numbers: npt.NDArray[np.uint32]) -> tuple[Int64Array, Int64Array]:
+        """First rows and contexts of windows, numbered from the first context's first on."""
+        which = np.searchsorted(self._windows_until, numbers, side="right")
+        within = numbers - (self._windows_until[which] - self._lengths[which] // self._window)
+        contexts = self._contexts[which]
+        starts = self._store.context_offsets[contexts] + self._phases[which] + within * self._window
+        return starts, contexts
 
     def _read(self, starts: Int64Array, contexts: Int64Array) -> Rows:
         rows = (starts[:, None] + np.arange(self._window)).ravel()

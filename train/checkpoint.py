@@ -79,7 +79,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def arm_tensors(arms: Sequence[Arm]) -> dict[str, Tensor]:
-    """Weights, thresholds, dead counters and optimiser of each arm, by name."""
+    """Weights, their average, thresholds, counters and optimiser of each arm, by name."""
     tensors: dict[str, Tensor] = {}
     for arm in arms:
         for name, tensor in arm.sae.state_dict().items():
@@ -87,6 +87,7 @@ def arm_tensors(arms: Sequence[Arm]) -> dict[str, Tensor]:
         for name, parameter in arm.sae.named_parameters():
             for key, value in arm.optimizer.state[parameter].items():
                 tensors[f"{arm.name}/optimizer/{name}/{key}"] = value
+        tensors |= {f"{arm.name}/own/{name}": tensor for name, tensor in arm.own_tensors().items()}
     return tensors
 
 
@@ -104,6 +105,8 @@ def restore_arms(arms: Sequence[Arm], tensors: dict[str, Tensor]) -> None:
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
+        for name, tensor in arm.own_tensors().items():
+            tensor.copy_(tensors[f"{arm.name}/own/{name}"])
 
 
 def as_tensor(content: bytes) -> Tensor:

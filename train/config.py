@@ -52,10 +52,10 @@ class ArmConfig:
     (L0 / k - 1)^2"""
     sparsity_warmup_share: float = 0.1
     """share of the run over which that weight rises from 0, 0-1"""
-    bandwidth: float = 0.1
+    bandwidth: float = 0.3
     """jumprelu only: width, in normalised units, around a threshold in which it gets a gradient"""
-    initial_threshold: float = 0.1
-    """jumprelu only: in normalised units"""
+    initial_threshold: float = 1.5
+    """jumprelu only: in normalised units, in which an untrained pre-activation is about 1 in size"""
     batch_norm: bool = False
     """standard only: normalise each pre-activation and each dimension of the output over the batch; folded
     into the weights when the SAE is saved"""
@@ -147,6 +147,11 @@ class ArmConfig:
                     f"{name}: {field} = {getattr(self, field)}: architecture {kind} has no such option, only "
                     f"{', '.join(of)}"
                 )
+        if kind not in SELECTING and self.sparsity_weight == 0:
+            raise ConfigError(
+                f"{name}: sparsity_weight = 0.0: nothing else keeps the features of architecture {kind} from all "
+                "being active; set it above 0"
+            )
         if kind == "matryoshka":
             shares = (0.0, *self.prefix_shares, 1.0)
             if len(shares) == 2 or any(a >= b for a, b in itertools.pairwise(shares)):
@@ -168,14 +173,38 @@ class ArmConfig:
     def _check_objective(self) -> None:
         """Refuse a temporal term that cannot be computed as asked."""
         name = self.name
+        for field, options in (
+            ("objective", get_args(Objective)),
+            ("positives", get_args(Positives)),
+            ("similarity", get_args(Similarity)),
+            ("contrasted_code", get_args(ContrastedCode)),
+        ):
+            if getattr(self, field) not in options:
+                raise ConfigError(
+                    f"{name}: {field}: expected one of {', '.join(options)}, got {getattr(self, field)!r}"
+                )
         if self.alpha > 0 and self.block_share == 0:
             raise ConfigError(f"{name}: alpha is {self.alpha} without a block; set block_share above 0")
         if self.alpha > 0 and self.window < 2:
             raise ConfigError(f"{name}: window: a positive needs at least 2 tokens, got {self.window}")
-        if self.objective == "info_nce" and (self.similarity != "cosine" or not self.mask_documents):
+        if self.objective != "in_batch" and (self.similarity != "cosine" or not self.mask_documents):
+            has = {
+                "info_nce": "info_nce against the ring has the cosine and masks documents",
+                "difference": "difference has no similarity and no negatives",
+            }[self.objective]
             raise ConfigError(
                 f"{name}: similarity = {self.similarity}, mask_documents = {str(self.mask_documents).lower()}: "
-                "info_nce against the ring has the cosine and masks documents; use objective = in_batch"
+                f"{has}; use objective = in_batch, or leave both out"
+            )
+        if self.alpha > 0 and self.objective == "in_batch" and self.anchors < 2:
+            raise ConfigError(
+                f"{name}: anchors = {self.anchors}: in_batch takes a pair's negatives from the step's other "
+                "pairs; expected at least 2"
+            )
+        if self.alpha > 0 and self.contrasted_code == "after_top_k" and self.architecture == "standard":
+            raise ConfigError(
+                f"{name}: contrasted_code = after_top_k: architecture standard selects nothing after ReLU; "
+                "leave before_top_k"
             )
 
     @property
@@ -190,6 +219,11 @@ class ArmConfig:
     def block_size(self, d_model: int) -> int:
         """Features of block H for activations of ``d_model`` dimensions; 0 without a block."""
         return int(self.block_share * self.features(d_model))
+
+    def prefixes(self, d_model: int) -> tuple[int, ...]:
+        """Features of each of matryoshka's prefixes, rising, all features last."""
+        n = self.features(d_model)
+        return (*(int(share * n) for share in self.prefix_shares), n)
 
     def check_sizes(self, d_model: int) -> None:
         """Refuse blocks too small for their active features in activations of ``d_model`` dimensions.
@@ -210,6 +244,12 @@ block_share 0.2) and keeps 8 per token; expected 1 to 6; lower k or raise expans
                     f"d_model {d_model}, block_share {self.block_share}) and keeps {kept} per token; expected "
                     f"1 to {features}; lower k or raise expansion"
                 )
+        sizes = (0, *self.prefixes(d_model))
+        if any(a == b for a, b in itertools.pairwise(sizes)):
+            raise ConfigError(
+                f"{self.name}: prefix_shares {list(self.prefix_shares)} of {n} features are prefixes of "
+                f"{list(sizes[1:])}; each must have more features than the one before"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,6 +277,9 @@ class TrainConfig:
     look alike in every document"""
     precision: Precision = "auto"
     """of the encoder's products; auto: bfloat16 where the hardware is fast at it, else float32"""
+    compile: bool = False
+    """compile the encoder's products with torch.compile, which needs a C++ compiler and some ten seconds; what
+    comes after them are sums over lists of entries, which gain nothing from it"""
     log_every: int = 10
     """steps between two lines of metrics.parquet"""
     checkpoint_every: int = 200

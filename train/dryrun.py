@@ -8,6 +8,7 @@ from statistics import median
 from tcsae.store import ActivationStore
 from tcsae.store.device import choose_device
 from tcsae.train.config import TrainConfig
+from tcsae.train.flop import Flop, flop_per_step
 from tcsae.train.training import Training, peak_memory, timed_steps
 
 TIMED_STEPS = 3
@@ -28,6 +29,8 @@ class DryRun:
     """passes over the train split's windows"""
     memory_bytes: int
     """this process's peak after a few steps, which later ones do not exceed by much"""
+    flop_per_step: dict[str, float]
+    """of all SAEs together, by what it is spent on: dense, sparse, contrast (`tcsae.train.flop`)"""
     seconds_per_step: float
     seconds: float
     """of all steps; finishing adds a few seconds"""
@@ -38,6 +41,8 @@ def dry_run(store: ActivationStore, config: TrainConfig, *, device: str = "auto"
     training = Training(store, config, choose_device(device))
     seconds = median(timed_steps(training, TIMED_STEPS))
     tokens = config.steps * config.batch_tokens
+    terms = training.step(detailed=False)
+    flop = [flop_per_step(arm.config, config, store.d_model, terms[arm.name]["l0"]) for arm in training.arms]
     return DryRun(
         saes=[arm.name for arm in training.arms],
         parameters=sum(p.numel() for arm in training.arms for p in arm.sae.parameters()),
@@ -45,6 +50,7 @@ def dry_run(store: ActivationStore, config: TrainConfig, *, device: str = "auto"
         tokens=tokens,
         epochs=tokens / training.loader.tokens_per_epoch,
         memory_bytes=peak_memory(),
+        flop_per_step={name: sum(getattr(one, name) for one in flop) for name in Flop._fields},
         seconds_per_step=seconds,
         seconds=seconds * config.steps,
     )

@@ -18,8 +18,11 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[Stop]:
+def stop_on_signal(*, once: bool = True) -> Iterator[Stop]:
     """Within the block the first SIGINT or SIGTERM only sets ``stop.requested``; a second one acts as usual.
+
+    Without ``once`` no number of them acts as usual: torchrun passes a Ctrl-C on to processes that have had it
+    from the terminal, and ends those itself that do not stop.
 
     Outside the main thread Python cannot catch signals, and nothing is changed.
     """
@@ -31,7 +34,8 @@ def stop_on_signal() -> Iterator[Stop]:
 
     def request(number: int, _: FrameType | None) -> None:
         stop.requested = signal.Signals(number).name
-        signal.signal(number, before[signal.Signals(number)])
+        if once:
+            signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, request)

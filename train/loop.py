@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 from tcsae.store import ActivationStore
 from tcsae.store.device import choose_device
@@ -14,6 +18,8 @@ from tcsae.train.interrupt import stop_on_signal
 from tcsae.train.run import CONFIG_FILE, Run, run_facts, set_status, writing
 from tcsae.train.settings import load_config
 from tcsae.train.training import Training
+from tcsae.train.world import World, joined
+from tcsae.train.writers import check_writers, writers
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +31,13 @@ def train(
     *,
     resume: bool = False,
     device: str = "auto",
+    log_to: Sequence[str] = (),
 ) -> Run:
     """Train every arm of ``config`` with every seed on ``store`` and write the run folder.
+
+    Under torchrun the processes share out each batch; the run is the same but for rounding, and one that was
+    begun by some number of processes can be gone on with by another. Rank 0 writes; an error of any rank is
+    raised on all.
 
     Parameters
     ----------
@@ -42,6 +53,9 @@ def train(
         threads. A finished run is returned as it is.
     device
         "auto" (a GPU if there is one), or a torch device
+    log_to
+        what gets every line of metrics.parquet as it is logged: "tensorboard", "wandb"
+        (`tcsae.train.writers`); a part of the call, not of the configuration
 
     Returns
     -------
@@ -50,9 +64,9 @@ def train(
     Raises
     ------
     ConfigError
-        before the first step: a schedule that the token budget cannot complete, a batch larger than the
-        train split, a window longer than every context, a block with fewer features than it keeps, a
-        contrast without a possible pair
+        before the first step: a writer whose package is not installed, a schedule that the token budget
+        cannot complete, a batch larger than the train split, a window longer than every context, a block with
+        fewer features than it keeps, a contrast without a possible pair
     TrainingCollapsed
         a loss is not finite, no feature of a block is active, nearly all are dead for ``collapse_steps``
         steps, or a contrast has had no pair for as many
@@ -60,27 +74,49 @@ def train(
         Ctrl-C or SIGTERM; the state is saved. A second Ctrl-C stops at once; the newest checkpoint is named
     RunExists, RunNotFound, RunMismatch, RunBusy
         see `tcsae.train.run.writing`
+    WorkersLost
+        under torchrun, another process has ended without a word; the newest checkpoint can be gone on with
     """
-    path = Path(run)
+    check_writers(log_to)
+    with joined(choose_device(device)) as (world, own_device):
+        return _train(store, Path(run), config, resume, own_device, world, log_to)
+
+
+def _train(
+    store: ActivationStore,
+    path: Path,
+    config: TrainConfig | None,
+    resume: bool,
+    device: torch.device,
+    world: World,
+    log_to: Sequence[str],
+) -> Run:
     if config is None:
         if not resume:
             raise ConfigError("config: a new run needs one; only --resume can do without")
         run_facts(path)
         config = load_config(path / CONFIG_FILE)
-    training = Training(store, config, choose_device(device))
-    with writing(path, store, config, resume=resume):
+    with world.together():
+        training = Training(store, config, device, world)
+    with ExitStack() as held:
+        with world.together():
+            if world.is_first:
+                held.enter_context(writing(path, store, config, resume=resume))
         if resume and Run.open(path).status == "finished":
             log.info("%s: already finished", path)
             return Run.open(path)
-        saved = checkpoints(path)
-        if saved:
-            training.restore(load_checkpoint(saved[-1]))
+        with world.together():
+            saved = checkpoints(path)
+            if saved:
+                training.restore(load_checkpoint(saved[-1]))
         tokens, epoch = config.steps * config.batch_tokens, training.loader.tokens_per_epoch
         if tokens > epoch:
             log.info("%d tokens are %.1f epochs of %d, each in a new order", tokens, tokens / epoch, epoch)
         try:
-            with stop_on_signal() as stop:
-                set_status(path, store, config, "running", training.done)
+            with stop_on_signal(once=world.size == 1) as stop:
+                training.set_status(path, "running")
+                if world.is_first:
+                    training.writers = held.enter_context(writers(log_to, path, config, training.done))
                 training.run(path, stop)
                 training.finish(path)
         except KeyboardInterrupt:
@@ -89,6 +125,6 @@ def train(
             raise Interrupted(
                 f"{path}: stopped at once during step {training.done + 1}; "
                 f"{f'the newest checkpoint is {newest[0]}' if newest else 'there is no checkpoint yet'}, go on "
-                f"with `tcsae train {store.path} {path} --resume`"
+                f"with `tcsae train {store.url} {path} --resume`"
             ) from None
         return Run.open(path)

@@ -1,6 +1,7 @@
 """The terms of the objective (METHOD.md, section 3), each a pure function of tensors.
 
-Legend: B tokens, D d_model, A anchors, Q keys in the ring, H features of the contrastive block.
+Legend: B tokens, D d_model, A anchors, Q keys in the ring, H features of the contrastive block. The temporal
+terms without a ring are in `tcsae.train.pair_losses`.
 """
 
 from __future__ import annotations
@@ -58,98 +59,123 @@ def auxiliary(
     return fvu(error, code @ W_dec, weight)
 
 
-class Keys(NamedTuple):
-    """Some of the ring's items as negatives."""
+class Codes(NamedTuple):
+    """Block H's code of some tokens, and where they are from."""
 
-    code: Float[Tensor, "key block"]
-    """≥ 0, of any norm; a row of zeros is no key; read only, may be reused for the next keys"""
-    document: Int64[Tensor, " key"]
-    source: Int64[Tensor, " key"]
+    code: Float[Tensor, "token block"]
+    """≥ 0, of any norm; a row of zeros is empty"""
+    document: Int64[Tensor, " token"]
+    source: Int64[Tensor, " token"]
     """small integers; what counts as the same source for ``accuracy_within_source``"""
 
 
 class Contrast(NamedTuple):
-    """InfoNCE and what describes it; shares and accuracies are 0-1, nan where nothing was counted."""
+    """A temporal term and what describes it; shares and accuracies are 0-1, nan where nothing was counted."""
 
     loss: Float[Tensor, ""]
-    """mean over both directions of the pairs that count, in nats; 0 where none does"""
+    """mean over the pairs that count; 0 where none does"""
     accuracy: float
-    """share of queries whose positive is nearer than every negative"""
+    """share of queries whose positive is nearer than every negative; nan unless asked for"""
     accuracy_within_source: float
     """the same against the negatives of the query's own source alone; nan unless asked for"""
     masked_share: float
-    """share of (query, key) pairs left out as of one document, or because the key is empty"""
+    """share of (query, negative) pairs left out as of one document, or because the negative is empty"""
     empty_share: float
-    """share of pairs dropped because the anchor's or the positive's code is empty"""
+    """share of pairs whose anchor or positive has an empty code; a contrast drops them"""
     n_pairs: int
     """pairs that count"""
 
 
 def info_nce(
-    anchor: Float[Tensor, "pair block"],
-    positive: Float[Tensor, "pair block"],
-    document: Int64[Tensor, " pair"],
-    source: Int64[Tensor, " pair"],
-    keys: Iterable[Keys],
+    tokens: Codes,
+    anchor: Int64[Tensor, " pair"],
+    positive: Int64[Tensor, " pair"],
+    keys: Iterable[Codes],
     temperature: float,
     *,
-    within_source: bool = False,
+    detailed: bool = False,
 ) -> Contrast:
     """Symmetric InfoNCE with cosines, against keys that come in pieces.
 
         l_i = -log [ e^{u_i . sg(u_i+) / t} / ( e^{u_i . sg(u_i+) / t} + sum_j e^{u_i . v_j / t} ) ]
 
-    over the keys j of other documents, u and v unit vectors, sg: no gradient; then the same with anchor and
-    positive exchanged, and the mean of both. The keys get no gradient. Pairs with an empty code are dropped.
+    over the keys j of other documents than token i, u and v unit vectors, sg: no gradient; then the same with
+    anchor and positive exchanged, and the mean of both. The keys get no gradient. Pairs with an empty code are
+    dropped.
 
     The gradient of the denominators is summed while the keys pass by, so memory is that of one piece; cosines
-    are bounded, so no maximum has to be known first. For ``temperature`` ≥ 0.02. ``within_source`` asks for
-    the accuracy of that name, which costs as much as the exponentials.
+    are bounded, e^{1 / 0.02} = 5e21, so no maximum has to be known first. A token of several pairs has one
+    denominator. Products of codes are fastest where their width is a multiple of 16 (`tcsae.train.temporal`).
+
+    Parameters
+    ----------
+    tokens
+        every token of the pairs
+    anchor, positive
+        rows of ``tokens``
+    keys
+        each piece is used before the next is asked for and may share its memory
+    temperature
+        ≥ 0.02
+    detailed
+        also measure the accuracies, two more passes over all logits
 
     One pair of equal codes and one orthogonal key at temperature 1: log(1 + e^0 / e^1) = 0.3133 both ways.
 
-    >>> code, one = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
-    >>> keys = Keys(torch.tensor([[0.0, 3.0]]), torch.tensor([7]), one)
-    >>> info_nce(code, code, one, one, [keys], 1.0).loss
+    >>> one, zero = torch.tensor([1]), torch.tensor([0])
+    >>> tokens = Codes(torch.tensor([[2.0, 0.0]]), one, one)
+    >>> info_nce(tokens, zero, zero, [Codes(torch.tensor([[0.0, 3.0]]), torch.tensor([7]), one)], 1.0).loss
     tensor(0.3133)
     """
-    keep = (anchor.detach().amax(dim=1) > 0) & (positive.detach().amax(dim=1) > 0)
-    n_pairs, n_given = int(keep.sum()), len(anchor)
-    empty_share = 1 - n_pairs / n_given if n_given else torch.nan
+    anchor, positive, empty_share = without_empty(tokens, anchor, positive)
+    n_pairs = len(anchor)
     if n_pairs == 0:
-        nothing = (anchor.sum() + positive.sum()) * 0
-        return Contrast(nothing, torch.nan, torch.nan, torch.nan, empty_share, 0)
-    query = normalize(torch.cat([anchor[keep], positive[keep]]), dim=1)
-    other = query.detach().roll(n_pairs, dims=0)
-    documents = document[keep].repeat(2)
-    sources = source[keep].repeat(2) if within_source else None
+        return Contrast(tokens.code.sum() * 0, torch.nan, torch.nan, torch.nan, empty_share, 0)
+    unit = normalize(tokens.code, dim=1)
     denominator, seen = _Denominator.apply(  # type: ignore[no-untyped-call]
-        query, documents, sources, keys, temperature
+        unit, tokens.document, tokens.source if detailed else None, keys, temperature
     )
-    own = ((query * other).sum(dim=1) - 1) / temperature
-    loss = torch.log1p(denominator * torch.exp(-own)).mean()
+    # index_select, not indexing: its gradient is summed in a fixed order whatever the number of threads.
+    queries = torch.cat([anchor, positive])
+    query = unit.index_select(0, queries)
+    other = query.detach().roll(n_pairs, dims=0)
+    own = (query * other).sum(dim=1) / temperature
+    loss = torch.log1p(denominator.index_select(0, queries) * torch.exp(-own)).mean()
     own = own.detach()
-    compared = seen.nearest_in_source > -torch.inf
     return Contrast(
         loss,
-        (own > seen.nearest).double().mean().item() if seen.n_logits else torch.nan,
-        (own > seen.nearest_in_source)[compared].double().mean().item(),
-        seen.n_masked / seen.n_logits if seen.n_logits else torch.nan,
+        share_won(own, seen.nearest[queries]),
+        share_won(own, seen.nearest_in_source[queries]),
+        seen.n_masked[queries].double().mean().item() / seen.n_keys if seen.n_keys else torch.nan,
         empty_share,
         n_pairs,
     )
 
 
+def without_empty(tokens: Codes, anchor: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The pairs both of whose codes have an entry, and the share of those that have not."""
+    some = tokens.code.detach().amax(dim=1) > 0
+    keep = some[anchor] & some[positive]
+    empty_share = 1 - keep.double().mean().item() if len(keep) else torch.nan
+    return anchor[keep], positive[keep], empty_share
+
+
+def share_won(own: Tensor, nearest: Tensor) -> float:
+    """Share of the queries with a negative whose ``own`` is above ``nearest``, which is -inf without one."""
+    return (own > nearest)[nearest > -torch.inf].double().mean().item()
+
+
 class _Seen(NamedTuple):
     nearest: Tensor
-    """largest logit of a negative for each query, -inf without one"""
+    """largest logit of a negative for each query, -inf without one; as the next, only where asked for"""
     nearest_in_source: Tensor
-    n_masked: int
-    n_logits: int
+    n_masked: Tensor
+    """keys that are no negative for each query"""
+    n_keys: int
 
 
 class _Denominator(torch.autograd.Function):
-    """sum_j e^{(q_i . v_j - 1) / t} over the keys of other documents; its gradient, sum_j e^(..) v_j / t."""
+    """sum_j e^{q_i . v_j / t} over the keys of other documents; its gradient, sum_j e^(..) v_j / t."""
 
     @staticmethod
     def forward(
@@ -157,37 +183,46 @@ class _Denominator(torch.autograd.Function):
         query: Tensor,
         document: Tensor,
         source: Tensor | None,
-        keys: Iterable[Keys],
+        keys: Iterable[Codes],
         temperature: float,
     ) -> tuple[Tensor, _Seen]:
+        learns = ctx.needs_input_grad[0]
         scaled = query / temperature
-        shift = query.new_full((1,), -1 / temperature)
         total = query.new_zeros(len(query))
         slope = torch.zeros_like(query)
         nearest = query.new_full((len(query),), -torch.inf)
         nearest_in_source = nearest.clone()
-        n_masked = n_logits = 0
+        n_masked, n_keys = torch.zeros_like(document), 0
+        # The same memory for every piece: fresh pages would cost as much as the exponentials.
+        unit_memory = logits_memory = query.new_empty(0)
         for piece in keys:
-            unit = normalize(piece.code, dim=1)
-            logits = torch.addmm(shift, scaled, unit.T)
+            norm = torch.linalg.vector_norm(piece.code, dim=1, keepdim=True)
+            if len(piece.code) * len(query) > len(logits_memory):
+                unit_memory = query.new_empty(piece.code.numel())
+                logits_memory = query.new_empty(len(piece.code) * len(query))
+            unit = unit_memory[: piece.code.numel()].view_as(piece.code)
+            logits = logits_memory[: len(piece.code) * len(query)].view(len(query), -1)
+            torch.mul(piece.code, norm.clamp_min(1e-12).reciprocal_(), out=unit)
+            torch.mm(scaled, unit.T, out=logits)
             masked_query, masked_key = _same_document(document, piece.document)
             logits[masked_query, masked_key] = -torch.inf
-            empty = piece.code.amax(dim=1) <= 0
+            empty = norm[:, 0] == 0
             if empty.any():
                 logits[:, empty] = -torch.inf
-            n_masked += int(torch.isinf(logits).sum()) if empty.any() else len(masked_query)
-            n_logits += logits.numel()
-            nearest = torch.maximum(nearest, logits.amax(dim=1))
+            n_masked += torch.bincount(masked_query[~empty[masked_key]], minlength=len(query)) + empty.sum()
+            n_keys += len(piece.code)
             if source is not None:
+                nearest = torch.maximum(nearest, logits.amax(dim=1))
                 elsewhere = source[:, None] != piece.source[None, :]
                 inside = logits.masked_fill(elsewhere, -torch.inf).amax(dim=1)
                 nearest_in_source = torch.maximum(nearest_in_source, inside)
             logits.exp_()
             total += logits.sum(dim=1)
-            slope.addmm_(logits, unit)
+            if learns:
+                slope.addmm_(logits, unit)
         ctx.save_for_backward(slope.div_(temperature))
         ctx.set_materialize_grads(False)
-        return total, _Seen(nearest, nearest_in_source, n_masked, n_logits)
+        return total, _Seen(nearest, nearest_in_source, n_masked, n_keys)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:

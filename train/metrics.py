@@ -18,7 +18,10 @@ from tcsae.store.atomic import write_atomically
 METRICS_FILE = "metrics.parquet"
 MACHINE_FILE = "machine.parquet"
 
-_INTEGERS = ("step", "tokens", "epoch", "seed", "n_pairs", "dead_h", "dead_l", "outliers", "ring_filled")
+_INTEGERS = (
+    *("step", "tokens", "epoch", "seed", "n_pairs", "dead_h", "dead_l", "outliers", "ring_filled"),
+    "resampled",  # features that have begun anew so far
+)
 
 _FLOATS = (
     "loss",  # everything that is minimised, weights included
@@ -46,6 +49,7 @@ _FLOATS = (
     "gradient_norm",  # of everything but the temporal term
     "gradient_ratio",  # contrast's gradient norm relative to that
     "learning_rate",
+    "batch_variance",  # mean ||x||^2 / D in normalised units: 1 but for the batch's draw
 )
 
 METRICS = pa.schema(

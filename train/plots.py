@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tcsae.store.atomic import write_atomically
+from tcsae.store.errors import RunError
+from tcsae.train.run import Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito's palette, told apart with every common colour blindness"""
@@ -26,43 +32,92 @@ _PANELS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Plotted:
+    """A figure that `plot_run` has drawn."""
+
+    figure: Path
+    step: int
+    """the last that is in it"""
+    steps: int
+    """of the whole run"""
+
+
+def plot_run(run: str | Path) -> Plotted:
+    """Draw training_metrics.png of a run, finished or going on, from what it has written; trains nothing.
+
+    A run writes its metrics with each checkpoint. Raises `RunNotFound` if there is no run, `RunError` if it has
+    written no metrics yet.
+    """
+    opened = Run.open(run)
+    if not opened.metrics.exists():
+        raise RunError(
+            f"{opened.metrics}: not there yet; a run writes it with its first checkpoint (checkpoint_every steps)"
+        )
+    plot_training(opened.metrics, opened.figure)
+    last = pq.read_table(opened.metrics, columns=["step"])["step"].to_numpy().max()
+    return Plotted(figure=opened.figure, step=int(last), steps=opened.steps)
+
+
 def plot_training(metrics: Path, figure: Path) -> None:
     """Draw the three panels of ``metrics`` (a metrics.parquet) into ``figure``, one colour an arm.
 
-    Seeds of one arm are thin lines of its colour. An arm without a block has no temporal loss; that rises
-    with the number of negatives, so it is drawn from where the ring is full.
+    Several seeds of one arm are their mean, in a band from the lowest to the highest. An arm without a block has no
+    temporal loss; that of a ring rises with the number of negatives, so it is drawn from where the ring is full.
     """
     table = pq.read_table(metrics)
-    arm = np.array(table["arm"].to_pylist())
-    seed, step = table["seed"].to_numpy(), table["step"].to_numpy()
-    arms = list(dict.fromkeys(arm.tolist()))
-    filled = table["ring_filled"].to_numpy()
+    arms = list(dict.fromkeys(table["arm"].to_pylist()))
+    n_seeds = len(set(table["seed"].to_pylist()))
     drawing = Figure(figsize=(15, 4.8), layout="constrained")
     FigureCanvasAgg(drawing)
     panels = drawing.subplots(1, 3)
     for axes, (column, title, label) in zip(panels, _PANELS, strict=True):
-        values = table[column].to_numpy()
-        if column == "contrast":
-            values = np.where(filled == filled.max(), values, np.nan)
         for i, name in enumerate(arms):
-            seeds = np.unique(seed[arm == name])
-            for s in seeds:
-                own = (arm == name) & (seed == s) & np.isfinite(values)
-                if own.any():
-                    axes.plot(
-                        step[own],
-                        values[own],
-                        color=COLOURS[i % len(COLOURS)],
-                        linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
-                        linewidth=1.8 if len(seeds) == 1 else 1.0,
-                        label=name if s == seeds[0] else None,
-                    )
+            step, values = over_seeds(table, name, column)
+            shown = np.isfinite(values).all(axis=0)
+            if not shown.any():
+                continue
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(
+                step[shown],
+                values[:, shown].mean(axis=0),
+                color=colour,
+                linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
+                linewidth=1.8,
+                label=name,
+            )
+            if n_seeds > 1:
+                low, high = values[:, shown].min(axis=0), values[:, shown].max(axis=0)
+                axes.fill_between(step[shown], low, high, color=colour, alpha=0.2, linewidth=0)
         _finish(axes, title, label)
     handles, labels = panels[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=min(len(arms), 8), frameon=False)
+    legend_title = f"mean of {n_seeds} seeds, band from the lowest to the highest" if n_seeds > 1 else None
+    drawing.legend(
+        handles,
+        labels,
+        title=legend_title,
+        loc="outside lower center",
+        ncols=min(len(arms), 8),
+        frameon=False,
+    )
     image = io.BytesIO()
     drawing.savefig(image, format="png", dpi=130, metadata={"Software": "tcsae"})
     write_atomically(figure, image.getvalue())
+
+
+def over_seeds(
+    table: pa.Table, arm: str, column: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The logged steps, and ``column`` of ``arm`` for each seed and step; nan before the ring is full."""
+    own = table.filter(pc.equal(table["arm"], arm))
+    step = np.unique(own["step"].to_numpy())
+    # One line a step and seed, the steps in order.
+    order = np.lexsort((own["step"].to_numpy(), own["seed"].to_numpy()))
+    values = own[column].to_numpy()[order].astype(np.float64).reshape(-1, len(step))
+    if column == "contrast":
+        filled = own["ring_filled"].to_numpy()[order].reshape(values.shape)
+        values = np.where(filled == table["ring_filled"].to_numpy().max(), values, np.nan)
+    return step, values
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:

@@ -6,8 +6,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import linear
 
+from tcsae.store.errors import ConfigError
 from tcsae.train.config import Precision
 
 
@@ -37,6 +39,28 @@ def linear_for(precision: Precision, device: torch.device) -> Linear:
     if precision == "auto":
         return bfloat16_linear if _fast_bfloat16(device) else float32_linear
     return bfloat16_linear if precision == "bfloat16" else float32_linear
+
+
+def compiled(product: Linear) -> Linear:
+    """The same product through torch.compile: what surrounds the matrix product becomes part of its kernel.
+
+    In bfloat16 that is the rounding of the inputs and the bias, in float32 the bias alone. One kernel serves inputs
+    of every length, since pairs and keys are never the same number. The first call compiles; without a compiler it
+    raises `ConfigError`.
+    """
+    fast = torch.compile(product, dynamic=True)
+
+    def call(x: Tensor, W: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        try:
+            found: Tensor = fast(x, W, b)
+        except BackendCompilerFailed as error:
+            raise ConfigError(
+                f"compile: torch.compile failed ({str(error).splitlines()[0]}); install a C++ compiler or set "
+                "compile = false"
+            ) from error
+        return found if out is None else out.copy_(found)
+
+    return call
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

@@ -1,12 +1,18 @@
-"""Named arms, packaged as TOML files in ``data/recipes``."""
+"""Named arms, packaged as TOML files in ``data/recipes``.
+
+A recipe's top level is an arm. Its optional table ``[run]`` holds settings of the whole run without which the arm
+would not be what its name says, such as the ring's size.
+"""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection, Sequence
 from importlib.resources import files
+from typing import Any
 
-from tcsae.store.errors import UnknownName
-from tcsae.train.config import ArmConfig
+from tcsae.store.errors import ConfigError, UnknownName
+from tcsae.train.config import ArmConfig, TrainConfig
 from tcsae.train.settings import from_values
 
 _FOLDER = files("tcsae.data") / "recipes"
@@ -15,8 +21,8 @@ _FOLDER = files("tcsae.data") / "recipes"
 def recipe_names() -> list[str]:
     """Names of all recipes, in order.
 
-    >>> recipe_names()
-    ['batchtopk', 'block', 'tc16', 'tc32', 'tc8']
+    >>> recipe_names()[:3]
+    ['batchtopk', 'batchtopk-longer', 'block']
     """
     return sorted(
         file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml")
@@ -29,7 +35,60 @@ def load_recipe(name: str) -> ArmConfig:
     >>> load_recipe("tc8").window
     8
     """
+    return _read(name)[0]
+
+
+def recipe_run(name: str) -> dict[str, Any]:
+    """What the recipe called ``name`` asks of the whole run, fields of `TrainConfig`.
+
+    >>> recipe_run("tc16-ring4k")
+    {'ring_size': 4096}
+    """
+    return _read(name)[1]
+
+
+def load_recipes(names: Sequence[str], *, given: Collection[str] = ()) -> TrainConfig:
+    """A run of the arms called ``names``, with what they ask of the run.
+
+    Parameters
+    ----------
+    names
+        recipes
+    given
+        run settings that the caller is going to set, about which recipes therefore need not agree
+
+    Raises
+    ------
+    UnknownName
+        no such recipe
+    ConfigError
+        two recipes ask for different values of a run setting: both are named
+
+    >>> load_recipes(["block", "tc16-ring4k"]).ring_size
+    4096
+    """
+    run: dict[str, Any] = {}
+    asked_by: dict[str, str] = {}
+    for name in names:
+        for field, value in recipe_run(name).items():
+            if field in given:
+                continue
+            if field in run and run[field] != value:
+                raise ConfigError(
+                    f"recipes {asked_by[field]} and {name} ask for different {field}: {run[field]} and "
+                    f"{value}; train them in two runs, or give --set {field}=VALUE"
+                )
+            run[field] = value
+            asked_by.setdefault(field, name)
+    return TrainConfig(arms=tuple(load_recipe(name) for name in names), **run)
+
+
+def _read(name: str) -> tuple[ArmConfig, dict[str, Any]]:
     if name not in recipe_names():
         raise UnknownName.among("recipe", name, recipe_names())
     values = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
-    return from_values(ArmConfig, {"name": name, **values}, f"recipe {name}")
+    where, run = f"recipe {name}", values.pop("run", {})
+    arm = from_values(ArmConfig, {"name": name, **values}, where)
+    # Also reads the run's settings as what they are: a number as a float, a list as a tuple.
+    whole = from_values(TrainConfig, {"arms": (arm,), **run}, where)
+    return arm, {field: getattr(whole, field) for field in run}

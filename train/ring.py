@@ -9,9 +9,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from tcsae.store.errors import RunMismatch
-from tcsae.train.losses import Keys
+from tcsae.train.losses import Codes
 
-PIECE = 2048
+PIECE = 1024
 """items encoded at once: their codes and logits (4 MB each) stay in the cache between the products"""
 
 
@@ -59,11 +59,11 @@ class Ring:
         self.filled = min(self.filled + len(activations), self.size)
 
     @torch.no_grad()
-    def keys(self, encode: Callable[[Tensor], Tensor]) -> Iterator[Keys]:
+    def keys(self, encode: Callable[[Tensor], Tensor]) -> Iterator[Codes]:
         """Everything in the ring, ``encode``d a piece at a time, without gradient."""
         for start in range(0, self.filled, PIECE):
             here = slice(start, min(start + PIECE, self.filled))
-            yield Keys(encode(self.activations[here]), self.document[here], self.source[here])
+            yield Codes(encode(self.activations[here]), self.document[here], self.source[here])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything, as tensors."""

@@ -144,7 +144,7 @@ def set_status(path: Path, store: ActivationStore, config: TrainConfig, status: 
         "seeds": list(config.seeds),
         "store": {
             "id": store.id,
-            "path": str(store.path),
+            "path": store.url,
             "hook": config.hook or store.hooks[0],
             "model": store.provenance.model,
             "model_sha256": store.provenance.model_sha256,
@@ -160,7 +160,7 @@ def _check_same(path: Path, store: ActivationStore, config: TrainConfig) -> None
     if begun_store["id"] != store.id:
         raise RunMismatch(
             f"{path}: begun with store {begun_store['id']} ({begun_store['path']}), now {store.id} "
-            f"({store.path}); resume with the first or choose another path"
+            f"({store.url}); resume with the first or choose another path"
         )
     differing = differences(load_config(path / CONFIG_FILE), config)
     if differing:

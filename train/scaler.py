@@ -24,6 +24,10 @@ class Scaler(NamedTuple):
         variance = statistics.mean_square_norm / len(statistics.mean)
         return cls(torch.from_numpy(statistics.mean).float(), variance**-0.5 if variance > 0 else 1.0)
 
-    def normalise(self, x: Float[Tensor, "token d_model"]) -> Float32[Tensor, "token d_model"]:
-        """Normalised float32 copy of raw activations."""
-        return (x.float() - self.mean.to(x.device)).mul_(self.scale)
+    def normalise(
+        self, x: Float[Tensor, "token d_model"], out: Tensor | None = None
+    ) -> Float32[Tensor, "token d_model"]:
+        """Normalised float32 copy of raw activations; into ``out`` where given."""
+        mean = self.mean.to(x.device)
+        shifted = x.float() - mean if out is None else out.copy_(x).sub_(mean)
+        return shifted.mul_(self.scale)

@@ -6,9 +6,10 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,18 @@ from tcsae.train.checkpoint import (
 from tcsae.train.collapse import CollapseWatch, Watched
 from tcsae.train.config import TrainConfig
 from tcsae.train.interrupt import Stop
+from tcsae.train.median import SAMPLE_TOKENS, geometric_median
 from tcsae.train.metrics import MACHINE, MACHINE_FILE, METRICS, METRICS_FILE, Log
-from tcsae.train.pairs import Pairs, sample_pairs
+from tcsae.train.pairs import AskedPairs, Pairs, asked_pairs, sample_pairs
 from tcsae.train.plots import plot_training
-from tcsae.train.precision import float32_linear, linear_for
+from tcsae.train.precision import compiled, float32_linear, linear_for
 from tcsae.train.ring import Ring
-from tcsae.train.run import FIGURE_FILE, SAE_FOLDER, set_status
+from tcsae.train.run import FIGURE_FILE, SAE_FOLDER, Status, set_status
 from tcsae.train.saelens import save_sae
 from tcsae.train.schedule import check_schedule
+from tcsae.train.temporal import check_data
+from tcsae.train.world import ALONE, World
+from tcsae.train.writers import Writer
 
 CALIBRATION_BATCHES = 16
 """batches of train tokens over which the final thresholds are a quantile"""
@@ -49,8 +54,10 @@ CALIBRATION_BATCHES = 16
 class Training:
     """The state of a run in memory; nothing on disk is touched before `run`."""
 
-    def __init__(self, store: ActivationStore, config: TrainConfig, device: torch.device) -> None:
-        self.store, self.config = store, config
+    def __init__(
+        self, store: ActivationStore, config: TrainConfig, device: torch.device, world: World = ALONE
+    ) -> None:
+        self.store, self.config, self.world = store, config, world
         if config.steps == 0:
             raise ConfigError(
                 f"tokens: {config.tokens} is less than one batch of {config.batch_tokens}; raise tokens or "
@@ -67,26 +74,28 @@ class Training:
             seed=config.data_seed,
             min_position=config.min_position,
             device=device,
+            world=world,
         )
         for arm in config.arms:
-            if arm.alpha > 0 and self.loader.most_eligible < 2:
-                raise ConfigError(
-                    f"{arm.name}: alpha is {arm.alpha}, but no context of {store.path}'s train split has two "
-                    f"positions from min_position = {config.min_position} on; lower min_position or harvest "
-                    "with a larger --context-length"
-                )
-        self.arms = [Arm(arm, seed, store.d_model, device) for arm in config.arms for seed in config.seeds]
+            check_data(arm, config, self.loader, str(store.url))
+        self.arms = [
+            Arm(arm, seed, store.d_model, device, world) for arm in config.arms for seed in config.seeds
+        ]
+        self._centre_decoders()
         self.ring = Ring(config.ring_size, store.d_model, TORCH_DTYPES[store.provenance.dtype], device)
         widest = max(arm.features(store.d_model) for arm in config.arms)
+        linear = linear_for(config.precision, device)
         self.around = Surroundings(
             scaler=self.loader.scaler,
             ring=self.ring,
-            linear=linear_for(config.precision, device),
-            buffer=torch.empty(config.batch_tokens * widest, device=device),
+            linear=compiled(linear) if config.compile else linear,
+            buffer=torch.empty(config.batch_tokens // world.size * widest, device=device),
             steps=config.steps,
         )
         self.done = 0
         self.metrics, self.machine = Log(METRICS), Log(MACHINE)
+        self.writers: list[Writer] = []
+        """which also get every logged line; of several processes the first has some"""
         watched = {
             arm.name: Watched(
                 {name: b.stop - b.start for name, b in zip(arm.sae.block_names, arm.sae.blocks, strict=True)},
@@ -100,9 +109,8 @@ class Training:
     def run(self, folder: Path, stop: Stop) -> None:
         """All remaining steps, with a checkpoint after the last."""
         config = self.config
-        with progress(
-            config.steps * config.batch_tokens, "token", "train", self.done * config.batch_tokens
-        ) as bar:
+        total, done = config.steps * config.batch_tokens, self.done * config.batch_tokens
+        with progress(total, "token", "train", done, is_shown=self.world.is_first) as bar:
             self._last_logged = (self.done, time.perf_counter())
             while self.done < config.steps:
                 nth = self.done + 1
@@ -110,29 +118,34 @@ class Training:
                 terms = self.step(detailed=detailed)
                 self._check_collapse(folder, terms)
                 if detailed:
-                    bar.set_postfix_str(summary(terms), refresh=False)
+                    bar.set_postfix_str(
+                        summary([(arm.config.name, terms[arm.name]) for arm in self.arms]), refresh=False
+                    )
                 bar.update(config.batch_tokens)
-                if self.done % config.checkpoint_every == 0 or self.done == config.steps or stop.requested:
+                (stopping,) = self.world.totals(stop.requested is not None)
+                if self.done % config.checkpoint_every == 0 or self.done == config.steps or stopping:
                     self.save(folder)
-                if stop.requested and self.done < config.steps:
-                    set_status(folder, self.store, config, "interrupted", self.done)
+                if stopping and self.done < config.steps:
+                    self.set_status(folder, "interrupted")
+                    signal = stop.requested or "a signal to another of its processes"
                     raise Interrupted(
-                        f"{folder}: stopped by {stop.requested} after step {self.done} of "
+                        f"{folder}: stopped by {signal} after step {self.done} of "
                         f"{config.steps}; the state is saved, go on with "
-                        f"`tcsae train {self.store.path} {folder} --resume`"
+                        f"`tcsae train {self.store.url} {folder} --resume`"
                     )
 
     def step(self, *, detailed: bool) -> dict[str, dict[str, Any]]:
         """One step of every arm on the same batch; the terms of each by name, logged if ``detailed``."""
         config, step = self.config, self.done
-        batch = self.loader.next()
-        terms = {}
+        with self.world.together():
+            batch = self.loader.next()
+        terms, drawn = {}, self._pairs(batch, step)
         for arm in self.arms:
-            terms[arm.name] = arm.step(
-                batch, self._pairs(arm, batch, step), self.around, step, detailed=detailed
-            )
+            pairs = drawn[asked_pairs(arm.config)]
+            terms[arm.name] = arm.step(batch, pairs, self.around, step, detailed=detailed)
         # After the loss: no positive is among the keys of its own step.
-        self.feed(step, config.ring_feed)
+        with self.world.together():
+            self.feed(step, config.ring_feed)
         self.done += 1
         if detailed:
             self._log(terms)
@@ -155,8 +168,19 @@ class Training:
         )
         self.ring.push(rows.raw[torch.from_numpy(eligible).to(device)], document, position, source)
 
-    def save(self, folder: Path) -> Path:
-        """Write metrics so far and a checkpoint."""
+    def save(self, folder: Path) -> None:
+        """Write metrics so far and a checkpoint; of several processes the first does."""
+        with self.world.together():
+            if self.world.is_first:
+                self._save(folder)
+
+    def set_status(self, folder: Path, status: Status) -> None:
+        """Write run.json; of several processes the first does."""
+        with self.world.together():
+            if self.world.is_first:
+                set_status(folder, self.store, self.config, status, self.done)
+
+    def _save(self, folder: Path) -> None:
         self.metrics.write(folder / METRICS_FILE)
         self.machine.write(folder / MACHINE_FILE)
         tensors = arm_tensors(self.arms)
@@ -171,7 +195,7 @@ class Training:
             "loader": self.loader.state_dict(),
             "watch": self._watch.lasting,
         }
-        return save_checkpoint(folder, self.done, facts, tensors)
+        save_checkpoint(folder, self.done, facts, tensors)
 
     def restore(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint; raises `RunMismatch` if it is of another store or configuration."""
@@ -192,9 +216,21 @@ class Training:
         self.done = saved.step
 
     def finish(self, folder: Path) -> None:
-        """Calibrate the thresholds on train tokens, write the SAEs and the figure."""
-        calibration = [self._valid_rows(self.loader.next()) for _ in range(CALIBRATION_BATCHES)]
+        """Calibrate the thresholds on train tokens, write the SAEs and the figure.
+
+        Of several processes the first does, with what the others read of the batches.
+        """
+        calibration = [
+            self.world.gather(self._valid_rows(self.loader.next())) for _ in range(CALIBRATION_BATCHES)
+        ]
+        with self.world.together():
+            if self.world.is_first:
+                self._finish(folder, calibration)
+
+    def _finish(self, folder: Path, calibration: list[Tensor]) -> None:
         for arm in self.arms:
+            arm.take_average()
+            arm.sae.world = ALONE
             # In float32 as the saved SAE, whatever the precision of the training.
             arm.sae.calibrate(calibration, float32_linear)
             sae = arm.sae.to_inference(self.loader.scaler, name=arm.name, metadata=self._metadata(arm))
@@ -202,13 +238,28 @@ class Training:
         plot_training(folder / METRICS_FILE, folder / FIGURE_FILE)
         set_status(folder, self.store, self.config, "finished", self.done)
 
+    def _centre_decoders(self) -> None:
+        """Let the decoder's bias of the arms that ask for it begin at the geometric median of a sample."""
+        asking = [arm for arm in self.arms if arm.config.decoder_bias == "geometric_median"]
+        if asking:
+            median = geometric_median(self._valid_rows(self.loader.sample(SAMPLE_TOKENS)))
+            for arm in asking:
+                arm.begin_at(median)
+
     def _valid_rows(self, batch: Rows) -> Tensor:
         return batch.x[batch.valid]
 
-    def _pairs(self, arm: Arm, batch: Rows, step: int) -> Pairs:
-        """The same for all arms of one window and number of anchors."""
-        stream = random_stream(self.config.data_seed, PAIRS, step)
-        return sample_pairs(batch.token, batch.eligible, arm.config.window, arm.config.anchors, stream)
+    def _pairs(self, batch: Rows, step: int) -> dict[AskedPairs, Pairs]:
+        """Drawn once for all arms that ask for the same; every draw begins with the same stream."""
+        token, document, eligible = (
+            self.world.gather(torch.from_numpy(values)).numpy()
+            for values in (batch.token, batch.document, batch.eligible)
+        )
+        drawn = {}
+        for asked in {asked_pairs(arm.config) for arm in self.arms}:
+            stream = random_stream(self.config.data_seed, PAIRS, step)
+            drawn[asked] = sample_pairs(token, document, eligible, asked, stream)
+        return drawn
 
     def _metadata(self, arm: Arm) -> dict[str, Any]:
         """What the SAE's cfg.json says of its origin: SAELens' fields, then ours."""
@@ -243,36 +294,49 @@ class Training:
                 **terms[arm.name],
             )
         (step, then), now = self._last_logged, time.perf_counter()
-        self.machine.add(
-            step=self.done,
-            tokens_per_second=(self.done - step) * config.batch_tokens / (now - then),
-            memory_bytes=peak_memory(),
-        )
+        machine = {
+            "tokens_per_second": (self.done - step) * config.batch_tokens / (now - then),
+            "memory_bytes": peak_memory(),
+        }
+        self.machine.add(step=self.done, **machine)
+        for writer in self.writers:
+            writer.write(self.done, terms, machine)
         self._last_logged = (self.done, now)
 
     def _check_collapse(self, folder: Path, terms: dict[str, dict[str, Any]]) -> None:
         problem = self._watch.problem(terms, self.done)
         if problem is None:
             return
-        self.metrics.write(folder / METRICS_FILE)
-        set_status(folder, self.store, self.config, "collapsed", self.done)
+        with self.world.together():
+            if self.world.is_first:
+                self.metrics.write(folder / METRICS_FILE)
+                set_status(folder, self.store, self.config, "collapsed", self.done)
         saved = checkpoints(folder)
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
         raise TrainingCollapsed(f"{problem}; {last}")
 
 
-def summary(terms: dict[str, dict[str, Any]]) -> str:
-    """The progress bar's right end: explained variance, L0, dead share and InfoNCE accuracy of each arm.
+def summary(terms: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The progress bar's right end, from pairs of an arm's name and one SAE's terms.
 
-    >>> summary({"tc16-s0": {"fvu": 0.25, "l0": 32.0, "dead_share": 0.01, "accuracy": 0.05}})
-    'tc16-s0 EV 0.750 L0 32.0 dead 1.0% acc 5.0%'
+    Explained variance, L0, share of dead features and InfoNCE accuracy of each arm, a mean over its seeds:
+
+    >>> terms = {"fvu": 0.25, "l0": 32.0, "dead_share": 0.01, "accuracy": 0.05}
+    >>> summary([("tc16", terms), ("tc16", {**terms, "fvu": 0.27}), ("block", {**terms, "accuracy": math.nan})])
+    'tc16 EV .740 L0 32.0 dead 1.0% acc 5.0% | block EV .750 L0 32.0 dead 1.0%'
     """
-    return " | ".join(_summary(name, found) for name, found in terms.items())
+    of_arm: dict[str, list[dict[str, Any]]] = {}
+    for name, found in terms:
+        of_arm.setdefault(name, []).append(found)
+    return " | ".join(_summary(name, found) for name, found in of_arm.items())
 
 
-def _summary(name: str, found: dict[str, Any]) -> str:
-    shown = f"{name} EV {1 - found['fvu']:.3f} L0 {found['l0']:.1f} dead {found['dead_share']:.1%}"
-    return shown if math.isnan(found["accuracy"]) else f"{shown} acc {found['accuracy']:.1%}"
+def _summary(name: str, seeds: list[dict[str, Any]]) -> str:
+    fvu, l0, dead, accuracy = (
+        fmean(found[field] for found in seeds) for field in ("fvu", "l0", "dead_share", "accuracy")
+    )
+    shown = f"{name} EV {1 - fvu:.3f} L0 {l0:.1f} dead {dead:.1%}".replace("EV 0.", "EV .")
+    return shown if math.isnan(accuracy) else f"{shown} acc {accuracy:.1%}"
 
 
 def peak_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -114,7 +115,10 @@ def test_threads_of_one_process_take_turns_at_the_model(
     reference: ActivationStore, config: HarvestConfig, neox: LanguageModel, tmp_path: Path
 ) -> None:
     mine = replace(config, store=tmp_path / "s.zarr")
-    with StoreWriter.create(mine.store, read_layout(reference.path), reference.provenance) as writer:
+    first = json.loads((reference.path / "zarr.json").read_text())["attributes"]["first_batch_sha256"]
+    with StoreWriter.create(
+        mine.store, read_layout(reference.path), reference.provenance, first_batch_sha256=first
+    ) as writer:
         with ThreadPoolExecutor(3) as threads:
             list(threads.map(compute_chunk, tasks_of(mine, reference, neox)))
         writer.finish()

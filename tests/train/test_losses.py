@@ -8,11 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcsae.train.losses import Keys, auxiliary, fvu, info_nce
+from tcsae.train.losses import Codes, Contrast, auxiliary, fvu, info_nce
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def contrast(
+    anchor: Tensor,
+    positive: Tensor,
+    document: list[int],
+    source: list[int],
+    keys: list[Codes],
+    temperature: float,
+    *,
+    detailed: bool = False,
+) -> Contrast:
+    """info_nce of pairs that share no token."""
+    n = len(anchor)
+    tokens = Codes(torch.cat([anchor, positive]), torch.tensor(document * 2), torch.tensor(source * 2))
+    return info_nce(tokens, torch.arange(n), torch.arange(n, 2 * n), keys, temperature, detailed=detailed)
 
 
 def loop_info_nce(
@@ -40,7 +56,7 @@ def loop_info_nce(
 
 def test_three_anchors_and_four_ring_items_by_hand() -> None:
     # Block of two features, temperature 1/2. Keys: (1,0) of document 1, (0,1) of 2, (1,0) of 3, empty of 4.
-    key = Keys(
+    key = Codes(
         torch.tensor([[2.0, 0.0], [0.0, 5.0], [1.0, 0.0], [0.0, 0.0]]),
         torch.tensor([1, 2, 3, 4]),
         torch.tensor([0, 0, 1, 1]),
@@ -50,15 +66,7 @@ def test_three_anchors_and_four_ring_items_by_hand() -> None:
     # Anchor 2 has an empty positive and is dropped.
     anchor = torch.tensor([[3.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
     positive = torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
-    found = info_nce(
-        anchor,
-        positive,
-        torch.tensor([1, 9, 2]),
-        torch.tensor([0, 1, 0]),
-        [key],
-        0.5,
-        within_source=True,
-    )
+    found = contrast(anchor, positive, [1, 9, 2], [0, 1, 0], [key], 0.5, detailed=True)
     e2 = math.exp(2)
     zero = math.log((e2 + 1 + e2) / e2)  # both directions the same
     one_forward = math.log((1 + e2 + 1 + e2) / 1)  # u = (1,0): positive 0; keys 1, 0, 1
@@ -80,27 +88,76 @@ def test_three_anchors_and_four_ring_items_by_hand() -> None:
 def test_info_nce_and_its_gradient_equal_plain_loops(piece: int, temperature: float) -> None:
     a, p, key = draw(6, 5).relu(), draw(6, 5, seed=1).relu(), draw(7, 5, seed=2).relu()
     p[2], key[4] = 0, 0
-    document, key_document = torch.tensor([0, 0, 1, 2, 3, 4]), torch.tensor([0, 1, 2, 2, 5, 6, 7])
+    document, key_document = [0, 0, 1, 2, 3, 4], torch.tensor([0, 1, 2, 2, 5, 6, 7])
     gradients = []
     for slow in (False, True):
         anchor, positive = a.clone().requires_grad_(), p.clone().requires_grad_()
         if slow:
-            loss = loop_info_nce(anchor, positive, document, key, key_document, temperature)
+            loss = loop_info_nce(anchor, positive, torch.tensor(document), key, key_document, temperature)
         else:
             keys = [
-                Keys(key[i : i + piece], key_document[i : i + piece], key_document[i : i + piece] * 0)
+                Codes(key[i : i + piece], key_document[i : i + piece], key_document[i : i + piece] * 0)
                 for i in range(0, 7, piece)
             ]
-            loss = info_nce(anchor, positive, document, document * 0, keys, temperature).loss
+            loss = contrast(anchor, positive, document, [0] * 6, keys, temperature).loss
         loss.backward()  # type: ignore[no-untyped-call]
         gradients.append((loss.detach(), anchor.grad, positive.grad))
     for fast, slow_one in zip(*gradients, strict=True):
         torch.testing.assert_close(fast, slow_one, rtol=1e-9, atol=1e-12)
 
 
+def test_tokens_that_share_pairs_and_positives_of_other_documents_equal_plain_loops() -> None:
+    # Token 0 is an anchor and twice a positive; pair (2, 3) is of documents 1 and 2, as the placebo's are.
+    code, key = draw(5, 4).relu() + 0.01, draw(6, 4, seed=1).relu() + 0.01
+    code[1] = code[0] * 2  # so that some queries win
+    document, key_document = [0, 0, 1, 2, 0], [0, 1, 2, 3, 1, 4]
+    pairs = [(0, 1), (1, 0), (2, 3), (4, 0)]
+    fast, slow = code.clone().requires_grad_(), code.clone().requires_grad_()
+    where = torch.zeros(6, dtype=torch.int64)
+    found = info_nce(
+        Codes(fast, torch.tensor(document), where[:5]),
+        torch.tensor([i for i, _ in pairs]),
+        torch.tensor([j for _, j in pairs]),
+        [Codes(key, torch.tensor(key_document), where)],
+        0.2,
+        detailed=True,
+    )
+    losses, wins, masked = [], 0, 0
+    for a, b in pairs:
+        for i, j in ((a, b), (b, a)):
+            u = slow[i] / slow[i].norm()
+            own = u @ (slow[j] / slow[j].norm()).detach()
+            others = [u @ v / v.norm() for v, d in zip(key, key_document, strict=True) if d != document[i]]
+            masked += len(key) - len(others)
+            wins += int(own > max(others))
+            total = (own / 0.2).exp() + sum(((s / 0.2).exp() for s in others), torch.tensor(0.0))
+            losses.append(-((own / 0.2).exp() / total).log())
+    loss = torch.stack(losses).mean()
+    found.loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found.loss, loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fast.grad, slow.grad, rtol=1e-9, atol=1e-12)
+    assert found.accuracy == found.accuracy_within_source == wins / 8
+    assert 0 < wins < 8
+    assert found.masked_share == pytest.approx(masked / 48)
+
+
+def test_features_that_are_always_zero_change_nothing() -> None:
+    code, key = draw(4, 5).relu(), draw(6, 5, seed=1).relu()
+    found = []
+    for extra in (0, 11):
+        padded = torch.nn.functional.pad(code, (0, extra)).requires_grad_()
+        keys = [Codes(torch.nn.functional.pad(key, (0, extra)), torch.arange(10, 16), torch.arange(6))]
+        loss = contrast(padded[:2], padded[2:], [0, 1], [0, 0], keys, 0.1).loss
+        (slope,) = torch.autograd.grad(loss, padded)
+        assert not slope[:, 5:].any()
+        found.append((loss.detach(), slope[:, :5]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+
+
 def test_an_empty_ring_gives_no_loss_and_no_gradient() -> None:
     code = torch.ones(2, 3, requires_grad=True)
-    found = info_nce(code, code.detach(), torch.tensor([0, 1]), torch.tensor([0, 0]), [], 0.1)
+    found = contrast(code, code.detach(), [0, 1], [0, 0], [], 0.1, detailed=True)
     found.loss.backward()  # type: ignore[no-untyped-call]
     assert found.loss.item() == 0
     assert code.grad is not None
@@ -110,7 +167,7 @@ def test_an_empty_ring_gives_no_loss_and_no_gradient() -> None:
 
 def test_without_any_pair_that_counts_the_loss_is_zero() -> None:
     code = torch.zeros(2, 3, requires_grad=True)
-    found = info_nce(code, code, torch.tensor([0, 1]), torch.tensor([0, 0]), [], 0.1)
+    found = contrast(code, code, [0, 1], [0, 0], [], 0.1)
     found.loss.backward()  # type: ignore[no-untyped-call]
     assert (found.loss.item(), found.n_pairs, found.empty_share) == (0, 0, 1)
 
@@ -118,13 +175,24 @@ def test_without_any_pair_that_counts_the_loss_is_zero() -> None:
 def test_low_temperatures_neither_overflow_nor_vanish() -> None:
     anchor = torch.tensor([[1.0, 0.0]], requires_grad=True)
     positive = torch.tensor([[1e-3, 1.0]])
-    key = Keys(torch.tensor([[1.0, 0.0]]), torch.tensor([1]), torch.tensor([0]))
-    found = info_nce(anchor, positive, torch.tensor([0]), torch.tensor([0]), [key], 0.02)
+    key = Codes(torch.tensor([[1.0, 0.0]]), torch.tensor([1]), torch.tensor([0]))
+    found = contrast(anchor, positive, [0], [0], [key], 0.02)
     found.loss.backward()  # type: ignore[no-untyped-call]
     # Forward: cosine 0.001 against 1, (1 - 0.001) / 0.02 = 49.95 nats. Backward: 0.001 against 0.001, log 2.
     assert found.loss.item() == pytest.approx((49.95 + math.log(2)) / 2, rel=1e-4)
     assert anchor.grad is not None
     assert torch.isfinite(anchor.grad).all()
+
+
+def test_the_largest_sums_of_the_lowest_temperature_are_finite() -> None:
+    # 16384 keys equal to the query, whose positive is at a right angle: log(1 + 16384 e^50) both ways.
+    one = torch.eye(2)[:1].requires_grad_()
+    keys = [Codes(torch.eye(2)[:1].repeat(16384, 1), torch.full((16384,), 9), torch.zeros(16384).long())]
+    found = contrast(one, torch.eye(2)[1:], [0], [0], keys, 0.02)
+    found.loss.backward()  # type: ignore[no-untyped-call]
+    assert found.loss.item() == pytest.approx((math.log(16384) + 50 + math.log(1 + 16384)) / 2, rel=1e-5)
+    assert one.grad is not None
+    assert torch.isfinite(one.grad).all()
 
 
 def test_fvu_and_its_gradient_equal_plain_loops() -> None:

@@ -11,13 +11,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tcsae.store import ActivationStore
 from tcsae.store.device import choose_device
 from tcsae.store.errors import RunError, RunMismatch
+from tcsae.tests.train.architectures import every_architecture
+from tcsae.tests.train.objectives import every_objective
 from tcsae.train import TrainConfig, train
 from tcsae.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from tcsae.train.settings import to_toml
@@ -33,26 +37,55 @@ train(ActivationStore.open(store), run, load_config(config))
 """
 
 
+CASES: dict[str, dict[str, Any]] = {
+    "control and contrast": {"seeds": (0, 1)},
+    "every architecture": {"arms": every_architecture(alpha=0.1)},
+    "every objective": {"arms": every_objective()},
+    "every option": {
+        "seeds": (0, 1),
+        "arm": {
+            "expansion": 16.0,
+            "decoder_bias": "geometric_median",
+            "initialisation": "xavier",
+            "unit_norm_decoder": False,
+            "resample_every": 20,
+            "dead_after": 128,
+            "l2_weight": 1e-4,
+            "clip_norm": 0.5,
+            "average_decay": 0.95,
+        },
+    },
+}
+"""what of `small_config` a case changes; each is killed somewhere else"""
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )
 def test_killed_and_resumed_is_bit_identical_to_uninterrupted(
-    sticky_store: ActivationStore, small_config: Callable[..., TrainConfig], tmp_path: Path, seed: int
+    sticky_store: ActivationStore,
+    small_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    seed: int,
+    case: str,
 ) -> None:
-    config = small_config(tokens=150 * 128, checkpoint_every=7, seeds=(0, 1))
+    config = small_config(tokens=150 * 128, checkpoint_every=7, **CASES[case])
     whole = train(sticky_store, tmp_path / "whole", config)
+    if case == "every option":
+        assert min(pq.read_table(whole.metrics)["resampled"].to_pylist()[-4:]) > 0
     (tmp_path / "asked.toml").write_text(to_toml(config))
     killed = tmp_path / "killed"
     arguments = [str(sticky_store.path), str(killed), str(tmp_path / "asked.toml")]
     process = subprocess.Popen([sys.executable, "-P", "-c", TRAIN, *arguments], stderr=subprocess.DEVNULL)
     # Not at a checkpoint but somewhere after one: the delay is random, the checkpoint some way into the run.
-    after = random.Random(seed).randrange(1, 15)
+    after = random.Random(f"{case} {seed}").randrange(1, 15)
     deadline = time.monotonic() + 120
     while not any(int(p.stem.split("-")[1]) >= 7 * after for p in checkpoints(killed)):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    time.sleep(random.Random(seed).uniform(0, 0.05))
+    time.sleep(random.Random(f"{case} {seed}").uniform(0, 0.05))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not list(killed.glob("sae/*"))

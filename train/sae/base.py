@@ -21,6 +21,7 @@ from tcsae.train.sae.inference import SAE, Architecture
 from tcsae.train.sae.initial import initial_weights
 from tcsae.train.sae.select import Block
 from tcsae.train.scaler import Scaler
+from tcsae.train.world import ALONE, World
 
 
 class Losses(NamedTuple):
@@ -73,6 +74,8 @@ class TrainableSAE(nn.Module, ABC):
         self.W_dec = nn.Parameter(W_dec)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.config = config
+        self.world: World = ALONE
+        """the processes that each give `forward` a slice of one batch"""
         self.block_size = block_size
         split = (Block(0, block_size, block_k), Block(block_size, d_sae, config.k - block_k))
         self.blocks: tuple[Block, ...] = split if block_size else (Block(0, d_sae, config.k),)
@@ -99,7 +102,7 @@ class TrainableSAE(nn.Module, ABC):
     ) -> Float[Tensor, "token feature"]:
         """W_enc (x - b_dec) + b_enc for every feature, without gradient; into ``out`` where given."""
         with torch.no_grad():
-            return linear(x, self.W_enc, self.bias, out)
+            return linear(x, *self.encoder_of(slice(None)), out)
 
     @abstractmethod
     def forward(
@@ -120,9 +123,20 @@ class TrainableSAE(nn.Module, ABC):
         coded: Coded,
         weight: Float[Tensor, " token"],
     ) -> Losses:
-        """The terms that this architecture minimises; tokens are weighted by ``weight``, 0 or 1."""
-        fit = fvu(x, coded.reconstruction, weight)
-        return Losses(fit, fit, fit.new_zeros(()))
+        """The terms that this architecture minimises; tokens are weighted by ``weight``, 0 or 1.
+
+        Where `world` has several processes each gives the terms of its own slice. `fvu` and `fit` count by
+        the slice's share of weight @ ||x||^2, `sparsity` by that of the tokens; what is not such a mean asks
+        `world` for sums over the whole batch.
+        """
+        whole = fvu(x, coded.reconstruction, weight)
+        sparsity = whole.new_zeros(()) if coded.sparsity is None else coded.sparsity
+        return Losses(whole, self.fit(whole, [fvu(x, other, weight) for other in coded.further]), sparsity)
+
+    def fit(self, whole: Float[Tensor, ""], further: list[Float[Tensor, ""]]) -> Float[Tensor, ""]:
+        """What is minimised of the FVU of the whole reconstruction and of ``Coded.further``."""
+        del further
+        return whole
 
     def encoder_of(
         self, features: slice | Int64[Tensor, " some"]
@@ -130,6 +144,10 @@ class TrainableSAE(nn.Module, ABC):
         """Weight and bias, with gradient, of some features' code before selection, ReLU(x W^T + bias)."""
         W, b = self.W_enc[features], self.b_enc[features]
         return W, b - W @ self.b_dec
+
+    def decoder_of(self, features: slice | Int64[Tensor, " some"]) -> Float[Tensor, "some d_model"]:
+        """What one unit of some features adds to the reconstruction, with gradient."""
+        return self.W_dec[features]
 
     def dead(self, dead_after: int) -> list[Int64[Tensor, " feature"]]:
         """For each block, its features that have not fired for ``dead_after`` tokens."""
@@ -145,13 +163,16 @@ class TrainableSAE(nn.Module, ABC):
 
     @torch.no_grad()
     def after_step(self, coded: Coded, n_tokens: int) -> None:
-        """Give W_dec's rows unit norm again where that is asked for; update the dead counters."""
+        """Give W_dec's rows unit norm again where that is asked for; update the dead counters.
+
+        ``n_tokens`` are those of the whole batch, ``coded`` is this process's slice of it.
+        """
         if self.config.unit_norm_decoder:
             self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
         self.silent += n_tokens
-        self.silent[coded.code.fired()] = 0
+        self.silent[self.world.any(coded.code.fired())] = 0
 
-    def calibrate(self, batches: Iterable[Float[Tensor, "token d_model"]], linear: Linear) -> None:
+    def calibrate(self, batches: Iterable[Float[Tensor, "_ d_model"]], linear: Linear) -> None:
         """Fix what inference needs beside the weights, from train tokens; most architectures need nothing."""
 
     @abstractmethod

@@ -12,8 +12,8 @@ from tcsae.train.config import ArmConfig
 from tcsae.train.precision import Linear, float32_linear
 from tcsae.train.sae.base import Parts, TrainableSAE
 from tcsae.train.sae.code import Coded, SparseCode
-from tcsae.train.sae.select import keep_largest
-from tcsae.train.sae.sparse import active_entries, decode_active, encode_active
+from tcsae.train.sae.select import Selected, keep_largest
+from tcsae.train.sae.sparse import Active, active_entries, decode_active, encode_active
 
 THRESHOLD_RATE = 0.05
 """weight of the newest batch in the running thresholds"""
@@ -58,12 +58,20 @@ class BatchTopK(TrainableSAE):
         n_valid = int(valid.sum())
         if n_valid < len(x):
             pre[~valid] = -torch.inf
-        guess = tuple(GUESS * bound for bound in self.thresholds.tolist())
-        kept = keep_largest(pre, self.blocks, n_valid, guess)
+        kept = self._select(pre, n_valid)
         active = active_entries(kept.token, kept.feature, *pre.shape)
         values = encode_active(kept.values, x, self.W_enc, self.bias, active)
-        reconstruction = decode_active(values, self.W_dec, active) + self.b_dec
-        return Coded(reconstruction, SparseCode(values, active), kept.thresholds)
+        *further, whole = self._reconstruct(values, active)
+        return Coded(whole, SparseCode(values, active), kept.thresholds, tuple(further))
+
+    def _select(self, pre: Tensor, n_valid: int) -> Selected:
+        """The entries of ``pre`` that are kept; tokens that are not valid are -inf."""
+        guess = tuple(GUESS * bound for bound in self.thresholds.tolist())
+        return keep_largest(pre, self.blocks, n_valid, guess, self.world)
+
+    def _reconstruct(self, values: Tensor, active: Active) -> list[Tensor]:
+        """What is fitted, the whole reconstruction last."""
+        return [decode_active(values, self.W_dec, active) + self.b_dec]
 
     @torch.no_grad()
     def after_step(self, coded: Coded, n_tokens: int) -> None:
@@ -74,7 +82,7 @@ class BatchTopK(TrainableSAE):
             self.thresholds[i] = old + THRESHOLD_RATE * (newest - old) if old > 0 else newest
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Float[Tensor, "token d_model"]], linear: Linear) -> None:
+    def calibrate(self, batches: Iterable[Float[Tensor, "_ d_model"]], linear: Linear) -> None:
         """Set each block's threshold so that over all of ``batches`` it keeps k_b entries per token.
 
         That is one quantile over them together. The running thresholds follow weights that still change,

@@ -6,7 +6,7 @@ Legend: B tokens, F features, N active entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -15,6 +15,7 @@ from torch import Tensor
 from tcsae.train.sae.sparse import Active
 
 
+@runtime_checkable
 class Code(Protocol):
     """Feature activations of a batch, ≥ 0, with gradient, in normalised units."""
 
@@ -114,3 +115,7 @@ class Coded(NamedTuple):
     code: Code
     thresholds: tuple[float, ...] = ()
     """smallest active entry of each block, where the architecture selects by it"""
+    further: tuple[Float[Tensor, "token d_model"], ...] = ()
+    """other reconstructions that the architecture also fits"""
+    sparsity: Float[Tensor, ""] | None = None
+    """the unweighted penalty, with gradient, where the architecture has one"""

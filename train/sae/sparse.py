@@ -80,10 +80,13 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         active: Active = ctx.active
-        ordered = grad[active.by_feature]
-        grad_W = _bags(active.token[active.by_feature], x, active.feature_offsets, ordered)
+        # index_select takes a third of the time of indexing, whatever there is to pick.
+        ordered = grad.index_select(0, active.by_feature)
+        token = active.token.index_select(0, active.by_feature)
+        grad_W = _bags(token, x, active.feature_offsets, ordered)
         n_features = len(active.feature_offsets) - 1
-        grad_bias = grad.new_zeros(n_features).index_add_(0, active.feature[active.by_feature], ordered)
+        # By feature it adds in order of token, as the bags do: entries are sorted by token, then by feature.
+        grad_bias = grad.new_zeros(n_features).index_add_(0, active.feature, grad)
         return None, None, grad_W, grad_bias, None
 
 
@@ -106,9 +109,11 @@ class _Decode(torch.autograd.Function):
         grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad, W_dec, active.feature, active.token_offsets[:-1], active.token, 0, -1
         )
-        grad_W = _bags(
-            active.token[active.by_feature], grad, active.feature_offsets, values[active.by_feature]
-        )
+        grad_W = None
+        if ctx.needs_input_grad[1]:
+            token = active.token.index_select(0, active.by_feature)
+            weight = values.index_select(0, active.by_feature)
+            grad_W = _bags(token, grad, active.feature_offsets, weight)
         return grad_values, grad_W, None
 
 
