@@ -235,6 +235,19 @@ def evaluate(
         typer.echo(f"figure: {result.figure or 'none'}")
 
 
+@app.command(epilog="Example: tcsae export run/sae/tc16-s0 tc16-for-saelens --format saelens")
+def export(
+    sae: Annotated[Path, typer.Argument(help="An SAE folder, or a run for all of its SAEs.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to be created.")],
+    form: Annotated[str, typer.Option("--format", help="saelens: cfg.json and safetensors.")] = "saelens",
+    as_json: JsonOption = False,
+) -> None:
+    """Write SAEs as folders that peers load, away from the run."""
+    from tcsae.train.export import export as write
+
+    _print(write(sae, folder, form), as_json)
+
+
 @app.command(epilog="Example: tcsae recipes tc16")
 def recipes(name: Annotated[str | None, typer.Argument(help="One recipe, in full.")] = None) -> None:
     """List the named arms that train takes, or print one of them as TOML."""

@@ -183,18 +183,20 @@ class ActivationStore:
         return self.rows(int(self.document_offsets[index]), int(self.document_offsets[index + 1]), hook)
 
     def gather(
-        self, rows: Int64Array | Int64[Tensor, " row"], hook: str | None = None
+        self, rows: Int64Array | Int64[Tensor, " row"], hook: str | None = None, out: Tensor | None = None
     ) -> Float[Tensor, "row d_model"]:
-        """Copy of the activations of ``rows``, in the order given, in the stored dtype.
+        """Copy of the activations of ``rows``, in the order given, in the stored dtype; into ``out`` where given.
 
-        Rows of one chunk are fetched together, so many rows from few chunks cost least.
+        Rows of one chunk are fetched together, so many rows from few chunks cost least. Fresh memory for every
+        call costs more than the copy does, so who reads again and again hands in his own.
         """
         wanted = torch.as_tensor(rows)
         if len(wanted) and (int(wanted.min()) < 0 or int(wanted.max()) >= self.n_rows):
             raise IndexError(f"{self.url}: rows {int(wanted.min())}..{int(wanted.max())} of {self.n_rows}")
         chunks, size = self._chunks[self._hook(hook)], self.provenance.rows_per_chunk
         chunks.will_read(len(wanted), 1 + int((wanted.diff() != 1).sum()))
-        out = torch.empty(len(wanted), self.d_model, dtype=TORCH_DTYPES[self.provenance.dtype])
+        if out is None:
+            out = torch.empty(len(wanted), self.d_model, dtype=TORCH_DTYPES[self.provenance.dtype])
         which = wanted // size
         for chunk in torch.unique(which).tolist():
             here = which == chunk

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError, RunMismatch
+from tcsae.store.spec import TORCH_DTYPES
 from tcsae.train.scaler import Scaler
 from tcsae.train.world import ALONE, World
 
@@ -56,6 +57,23 @@ class Rows(NamedTuple):
     """[token] token id"""
     eligible: npt.NDArray[np.bool_]
     """[token] may be anchor, positive or negative: no outlier, no special token, not too early"""
+
+
+class _Memory:
+    """Two matrices that are used again: fresh ones cost a page fault for every 4 kB, more than filling them."""
+
+    def __init__(self) -> None:
+        self._raw, self._x = torch.empty(0), torch.empty(0)
+
+    def raw(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        if self._raw.numel() < math.prod(shape) or self._raw.dtype != dtype:
+            self._raw = torch.empty(math.prod(shape), dtype=dtype)
+        return self._raw[: math.prod(shape)].view(shape)
+
+    def x(self, shape: tuple[int, int], device: torch.device) -> Tensor:
+        if self._x.numel() < math.prod(shape):
+            self._x = torch.empty(math.prod(shape), device=device)
+        return self._x[: math.prod(shape)].view(shape)
 
 
 class WindowLoader:
@@ -144,6 +162,7 @@ class WindowLoader:
                 f"{world.size} processes cannot share out equally; expected a multiple of "
                 f"{world.size * window} tokens"
             )
+        self._batch_memory, self._ring_memory = _Memory(), _Memory()
         self.epoch = 0
         self.cursor = 0
         self._load_epoch()
@@ -154,7 +173,10 @@ class WindowLoader:
         return self.windows_per_epoch * self._window
 
     def next(self) -> Rows:
-        """The next batch, or this process's slice of it: windows one after the other, so [W, window] once reshaped."""
+        """The next batch, or this process's slice of it: windows one after the other, so [W, window] once reshaped.
+
+        Its tensors are overwritten by the next call.
+        """
         picked = self._order[self.cursor : self.cursor + self.windows_per_batch]
         starts, contexts = self._windows(picked)
         self.cursor += self.windows_per_batch
@@ -166,7 +188,7 @@ class WindowLoader:
             more = self._windows(self._order[: self.windows_per_batch - len(picked)])
             starts, contexts = np.concatenate([starts, more[0]]), np.concatenate([contexts, more[1]])
         mine = self._world.slice(self.windows_per_batch)
-        return self._read(starts[mine], contexts[mine])
+        return self._read(starts[mine], contexts[mine], self._batch_memory)
 
     def ring_rows(self, step: int, n: int) -> Rows:
         """About 1.5 ``n`` tokens from ``min_position`` on for the ring after ``step``, in random pieces.
@@ -174,7 +196,7 @@ class WindowLoader:
         A piece is as long as a window and contiguous. Contexts of a window or more are drawn so that each
         gives tokens in proportion to its positions from ``min_position`` on; within a context those near its
         ends are in fewer pieces. The surplus makes up for outliers and special tokens. For stores with
-        `most_eligible` > 0.
+        `most_eligible` > 0. The tensors are overwritten by the next call.
         """
         stream = random_stream(self._seed, RING, step)
         n_pieces = math.ceil(1.5 * n / self._eligible_per_piece)
@@ -183,7 +205,7 @@ class WindowLoader:
         last = self._lengths[which] - self._window
         first = np.minimum(self._min_position, last)
         starts = self._store.context_offsets[self._contexts[which]] + stream.integers(first, last + 1)
-        return self._read(starts, self._contexts[which])
+        return self._read(starts, self._contexts[which], self._ring_memory)
 
     def sample(self, n: int) -> Rows:
         """About ``n`` random tokens of the train split in windows, the same at every call.
@@ -224,11 +246,13 @@ class WindowLoader:
         starts = self._store.context_offsets[contexts] + self._phases[which] + within * self._window
         return starts, contexts
 
-    def _read(self, starts: Int64Array, contexts: Int64Array) -> Rows:
+    def _read(self, starts: Int64Array, contexts: Int64Array, memory: _Memory) -> Rows:
         rows = (starts[:, None] + np.arange(self._window)).ravel()
-        raw = self._store.gather(rows, self._hook).to(self._device)
+        shape = (len(rows), self._store.d_model)
+        dtype = TORCH_DTYPES[self._store.provenance.dtype]
+        raw = self._store.gather(rows, self._hook, memory.raw(shape, dtype)).to(self._device)
         valid = torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32) <= self._outlier_norm
-        x = self.scaler.normalise(raw)
+        x = self.scaler.normalise(raw, memory.x(shape, self._device))
         if not valid.all():
             raw[~valid] = 0
             x[~valid] = 0

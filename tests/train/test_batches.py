@@ -128,7 +128,7 @@ def test_the_ring_gets_tokens_of_contexts_in_proportion_to_their_eligible_positi
 
 def test_rows_are_normalised_to_mean_zero_and_square_norm_d_model(numbered: ActivationStore) -> None:
     one = loader(numbered)
-    x = torch.cat([one.next().x for _ in range(100)]).double()
+    x = torch.cat([one.next().x.clone() for _ in range(100)]).double()
     assert x.mean(dim=0).abs().max() < 0.1
     assert x.square().sum(dim=1).mean().item() == pytest.approx(4, rel=0.1)
 

@@ -1,0 +1,45 @@
+"""Exported folders hold the same SAEs, whole, and nothing is overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tcsae.store import ActivationStore
+from tcsae.store.errors import RunError, RunExists, RunNotFound, UnknownName
+from tcsae.train import Run, TrainConfig, load_sae, train
+from tcsae.train.export import export
+
+
+@pytest.fixture
+def run(sticky_store: ActivationStore, small_config: Callable[..., TrainConfig], tmp_path: Path) -> Run:
+    return train(sticky_store, tmp_path / "run", small_config(tokens=8 * 128, arm={"warmup_steps": 2}))
+
+
+def test_a_run_gives_a_folder_for_each_sae_and_one_sae_the_folder_itself(run: Run, tmp_path: Path) -> None:
+    every = export(run.path, tmp_path / "all")
+    assert [p.name for p in every.saes] == ["block-s0", "tc8-s0"]
+    one = export(run.saes[1], tmp_path / "one")
+    assert one.saes == [tmp_path / "one"]
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    expected = load_sae(run.saes[1])
+    for folder in (every.saes[1], one.saes[0]):
+        assert load_sae(folder).encode(x).equal(expected.encode(x))
+        assert load_sae(folder).metadata["tcsae"]["arm"] == "tc8"
+
+
+def test_what_cannot_be_exported_is_named(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="unknown format 'pickle'.*saelens"):
+        export(run.path, tmp_path / "a", "pickle")
+    with pytest.raises(RunExists, match="run: already holds something"):
+        export(run.saes[0], run.path)
+    with pytest.raises(RunNotFound, match="neither a run nor an SAE folder"):
+        export(tmp_path, tmp_path / "b")
+    weights = run.saes[0] / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(RunError, match="SHA-256"):
+        export(run.saes[0], tmp_path / "c")
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,59 @@
+"""SAEs of a run as folders that peers load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from tcsae.store.errors import RunExists, RunNotFound, UnknownName
+from tcsae.train.run import RUN_FILE, Run
+from tcsae.train.saelens import CONFIG_FILE, load_sae, save_sae
+
+Format = Literal["saelens"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What `export` has written."""
+
+    format: Format
+    saes: list[Path]
+    """folders"""
+
+
+def export(source: str | Path, folder: str | Path, form: str = "saelens") -> Exported:
+    """Write the SAE at ``source``, or each SAE of the run there, into ``folder`` in the form of a peer.
+
+    One SAE goes into ``folder`` itself, those of a run into folders of their names below it. Weights are
+    read, checked and written again, so what is exported is whole and loads.
+
+    Raises
+    ------
+    UnknownName
+        ``form`` is not one of `FORMATS`
+    RunNotFound
+        neither an SAE nor a run with finished SAEs is there
+    RunExists
+        there is something at ``folder`` already
+    RunError
+        an SAE is damaged
+    """
+    source, folder = Path(source), Path(folder)
+    known: Format | None = next((one for one in FORMATS if one == form), None)
+    if known is None:
+        raise UnknownName.among("format", form, FORMATS)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunExists(f"{folder}: already holds something; choose another path")
+    if (source / RUN_FILE).exists():
+        found = {folder / sae.name: sae for sae in Run.open(source).saes}
+        if not found:
+            raise RunNotFound(f"{source}: the run has no finished SAE yet; go on with it first")
+    elif (source / CONFIG_FILE).exists():
+        found = {folder: source}
+    else:
+        raise RunNotFound(f"{source}: neither a run nor an SAE folder ({RUN_FILE} or {CONFIG_FILE})")
+    for target, sae in found.items():
+        save_sae(load_sae(sae), target)
+    return Exported(known, list(found))
