@@ -27,6 +27,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -P benchmarks/store.py
+	$(BIN)/python -P benchmarks/harvest.py
+	$(BIN)/python -P benchmarks/train.py
+	$(BIN)/python -P benchmarks/memory.py
 
 # torch goes first, by itself: asked for as a dependency it could bring another build than the pinned one.
 # The model's, the corpus' and the tokenizer's packages are read as data; what they would drag in is not needed.

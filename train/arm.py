@@ -19,7 +19,7 @@ from tcsae.train.precision import Linear
 from tcsae.train.resample import resample, resampling_is_due
 from tcsae.train.ring import Ring
 from tcsae.train.sae.build import build
-from tcsae.train.sae.code import Coded
+from tcsae.train.sae.code import Coded, Sizes
 from tcsae.train.scaler import Scaler
 from tcsae.train.schedule import contrast_weight, learning_rate, sparsity_weight
 from tcsae.train.slices import auxiliary_addend, losses_addend, temporal_addend, whole_code
@@ -98,6 +98,8 @@ class Arm:
         n_tokens = max(int(world.totals(int(batch.valid.sum()))[0]), 1)
         out = around.buffer[: len(batch.x) * len(sae.b_enc)].view(len(batch.x), -1)
         coded = sae(batch.x, batch.valid, around.linear, out)
+        # The optimiser's step changes the rows that this code is a code for.
+        sizes = sae.sizes() if detailed else None
         losses = losses_addend(sae.losses(batch.x, coded, weight), batch.x, coded, weight, world)
         dead = sae.dead(config.dead_after)
         aux = self._auxiliary(batch, coded, dead, weight)
@@ -151,7 +153,7 @@ class Arm:
             fit, penalised, auxiliary_loss = world.totals(
                 losses.fit.item(), losses.sparsity.item(), aux.item()
             )
-            terms |= self._details(batch, coded, around, temporal, contrast, n_tokens)
+            terms |= self._details(batch, coded, sizes, around, temporal, contrast, n_tokens)
             terms |= {
                 "fit": fit,
                 "sparsity": penalised,
@@ -252,6 +254,7 @@ class Arm:
         self,
         batch: Rows,
         coded: Coded,
+        sizes: Sizes,
         around: Surroundings,
         temporal: Contrast | None,
         contrast: float,
@@ -263,14 +266,14 @@ class Arm:
             error.sum().item(), int((~batch.valid).sum()), batch.x.double().square().sum().item()
         )
         in_raw_units = around.scaler.scale**2
-        energy, in_block = code.energy(0, len(sae.b_enc)), code.energy(0, sae.block_size)
+        energy, in_block = (code.energy(0, stop, sizes) for stop in (len(sae.b_enc), sae.block_size))
         # Without keys the loss is 0 for want of anything to tell apart, which would look like success.
         needs_keys = self.config.objective == "info_nce" and not around.ring.filled
         loss = math.nan if temporal is None or needs_keys else contrast
         found = {**(temporal._asdict() if temporal is not None else {}), "contrast": loss}
         details = {
             "l2": squares / n_tokens / in_raw_units,
-            "l1": code.total() / n_tokens / around.scaler.scale,
+            "l1": code.total(sizes) / n_tokens / around.scaler.scale,
             "energy_h": in_block / energy if energy > 0 else math.nan,
             "outliers": int(outliers),
             "batch_variance": variance / n_tokens / batch.x.shape[1],

@@ -216,7 +216,8 @@ class WindowLoader:
         share = self._lengths / self._lengths.sum()
         which = stream.choice(len(share), size=math.ceil(n / self._window), p=share)
         phase = stream.integers(self._lengths[which] - self._window + 1)
-        return self._read(self._store.context_offsets[self._contexts[which]] + phase, self._contexts[which])
+        contexts = self._contexts[which]
+        return self._read(self._store.context_offsets[contexts] + phase, contexts, _Memory())
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins."""

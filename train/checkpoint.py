@@ -23,7 +23,8 @@ from tcsae.store.errors import RunError, RunMismatch
 from tcsae.train.arm import Arm
 
 FOLDER = "checkpoints"
-VERSION = 1
+VERSION = 2
+"""Raised with every change of what a checkpoint holds."""
 KEPT = 2
 """checkpoints that stay: should the newest be damaged on disk, there is the one before"""
 
@@ -55,6 +56,15 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step-*.safetensors"))
 
 
+def checkpoint_step(path: Path) -> int:
+    """After how many steps a checkpoint was made.
+
+    >>> checkpoint_step(Path("run/checkpoints/step-00000040.safetensors"))
+    40
+    """
+    return int(path.stem.removeprefix("step-"))
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
@@ -74,7 +84,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: cannot be read ({error}); delete it and resume from the checkpoint before"
         ) from error
     if facts["version"] != VERSION:
-        raise RunMismatch(f"{path}: version {facts['version']}, this tcsae reads {VERSION}; upgrade tcsae")
+        advice = (
+            "upgrade tcsae"
+            if facts["version"] > VERSION
+            else "finish the run with the tcsae that began it, or train it again"
+        )
+        raise RunMismatch(f"{path}: version {facts['version']}, this tcsae reads {VERSION}; {advice}")
     return Checkpoint(facts["step"], facts, tensors)
 
 

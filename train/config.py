@@ -22,6 +22,12 @@ Positives = Literal["window", "previous", "earlier", "other_document"]
 Similarity = Literal["cosine", "dot"]
 ContrastedCode = Literal["before_top_k", "after_top_k"]
 
+MOST = 10_000
+"""of an expansion, a learning rate or a bandwidth: beyond it is a slip of the pen"""
+
+LARGEST = 2**63 - 1
+"""of whole numbers: what the log's columns hold; no limit that anyone meets, but infinity is beyond it"""
+
 SELECTING = ("batchtopk", "topk", "matryoshka")
 """architectures that keep ``k`` features per token by construction"""
 
@@ -44,7 +50,8 @@ class ArmConfig:
     block_share: float = 0.2
     """share of the features in block H, 0-1; 0: no block, one top-k over all features"""
     block_k_share: float = 0.25
-    """share of k that block H gets, 0-1; without a block not used"""
+    """share of k that block H gets, 0-1; 0: all features compete for all of k, as in a T-SAE; without a block
+    not used"""
     prefix_shares: tuple[float, ...] = ()
     """matryoshka only: shares of the features, rising, that must reconstruct alone; all of them always do"""
     sparsity_weight: float = 0.0
@@ -125,8 +132,10 @@ class ArmConfig:
         ):
             _between(self.name, field, getattr(self, field), 0, 1)
         for field in ("expansion", "learning_rate", "bandwidth"):
-            if not getattr(self, field) > 0:
-                raise ConfigError(f"{self.name}: {field}: expected more than 0, got {getattr(self, field)}")
+            if not 0 < getattr(self, field) <= MOST:
+                raise ConfigError(
+                    f"{self.name}: {field}: expected more than 0 and at most {MOST:,}, got {getattr(self, field)}"
+                )
         _between(self.name, "temperature", self.temperature, 0.02, 1)
         for field in ("block_share", "average_decay"):
             if getattr(self, field) == 1:
@@ -154,7 +163,7 @@ class ArmConfig:
             )
         if kind == "matryoshka":
             shares = (0.0, *self.prefix_shares, 1.0)
-            if len(shares) == 2 or any(a >= b for a, b in itertools.pairwise(shares)):
+            if len(shares) == 2 or not all(a < b for a, b in itertools.pairwise(shares)):
                 raise ConfigError(
                     f"{name}: prefix_shares: expected one or more rising shares between 0 and 1, got "
                     f"{list(self.prefix_shares)}"
@@ -164,10 +173,10 @@ class ArmConfig:
                 f"{name}: unit_norm_decoder = false: a top-k over features of different norms cannot be saved "
                 "with unit rows; use batchtopk"
             )
-        if self.block_share > 0 and not 0 < self.block_k < self.k:
+        if self.block_share > 0 and self.block_k_share > 0 and not 0 < self.block_k < self.k:
             raise ConfigError(
                 f"{self.name}: k = {self.k} with block_k_share = {self.block_k_share} gives block H "
-                f"{self.block_k} of them; each block needs at least 1"
+                f"{self.block_k} of them; each block needs at least 1, or block_k_share = 0 for one budget"
             )
 
     def _check_objective(self) -> None:
@@ -236,7 +245,7 @@ block_share 0.2) and keeps 8 per token; expected 1 to 6; lower k or raise expans
         """
         n, size = self.features(d_model), self.block_size(d_model)
         split = [("block H", size, self.block_k), ("block L", n - size, self.k - self.block_k)]
-        for block, features, k in split if self.block_share > 0 else [("the SAE", n, self.k)]:
+        for block, features, k in split if self.block_k else [("the SAE", n, self.k)]:
             kept = k if self.architecture in SELECTING else 1
             if not 1 <= kept <= features:
                 raise ConfigError(
@@ -295,6 +304,8 @@ class TrainConfig:
             raise ConfigError(f"arms: two have the same name in {', '.join(names)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(f"seeds: expected different whole numbers from 0, got {list(self.seeds)}")
+        if max(self.seeds) > LARGEST:
+            raise ConfigError(f"seeds: expected at most {LARGEST}, got {max(self.seeds)}")
         for field in ("tokens", "batch_tokens", "ring_size", "ring_feed", "log_every", "checkpoint_every"):
             _at_least("run", field, getattr(self, field), 1)
         _at_least("run", "collapse_steps", self.collapse_steps, 1)
@@ -329,8 +340,9 @@ class TrainConfig:
 
 
 def _at_least(owner: str, field: str, value: float | int, least: int) -> None:
-    if not value >= least:
-        raise ConfigError(f"{owner}: {field}: expected at least {least}, got {value}")
+    if not least <= value <= LARGEST:
+        bounds = f"at least {least}" if not value > LARGEST else f"at most {LARGEST}"
+        raise ConfigError(f"{owner}: {field}: expected {bounds}, got {value}")
 
 
 def _between(owner: str, field: str, value: float | int, low: float | int, high: int) -> None:

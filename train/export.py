@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from tcsae.store.errors import RunExists, RunNotFound, UnknownName
+from tcsae.store.errors import RunError, RunExists, RunNotFound, UnknownName
 from tcsae.train.run import RUN_FILE, Run
 from tcsae.train.saelens import CONFIG_FILE, load_sae, save_sae
 
@@ -34,11 +34,11 @@ def export(source: str | Path, folder: str | Path, form: str = "saelens") -> Exp
     UnknownName
         ``form`` is not one of `FORMATS`
     RunNotFound
-        neither an SAE nor a run with finished SAEs is there
+        neither an SAE nor a run is there
     RunExists
         there is something at ``folder`` already
     RunError
-        an SAE is damaged
+        the run is not finished, or an SAE is damaged; nothing is written
     """
     source, folder = Path(source), Path(folder)
     known: Format | None = next((one for one in FORMATS if one == form), None)
@@ -47,13 +47,20 @@ def export(source: str | Path, folder: str | Path, form: str = "saelens") -> Exp
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunExists(f"{folder}: already holds something; choose another path")
     if (source / RUN_FILE).exists():
-        found = {folder / sae.name: sae for sae in Run.open(source).saes}
-        if not found:
-            raise RunNotFound(f"{source}: the run has no finished SAE yet; go on with it first")
+        run = Run.open(source)
+        if run.status != "finished":
+            raise RunError(
+                f"{source}: the run is {run.status} after step {run.step} of {run.steps}, expected finished; go on "
+                "with it first, or export one SAE folder"
+            )
+        found = {folder / sae.name: sae for sae in run.saes}
     elif (source / CONFIG_FILE).exists():
         found = {folder: source}
     else:
         raise RunNotFound(f"{source}: neither a run nor an SAE folder ({RUN_FILE} or {CONFIG_FILE})")
+    # All before the first is written, but not all in memory: half an export would be in the way of the next.
+    for sae in found.values():
+        load_sae(sae)
     for target, sae in found.items():
         save_sae(load_sae(sae), target)
     return Exported(known, list(found))

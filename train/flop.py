@@ -28,11 +28,6 @@ class Flop(NamedTuple):
     sparse: float
     contrast: float
 
-    @property
-    def total(self) -> float:
-        """Of all three."""
-        return sum(self)
-
 
 def flop_per_step(arm: ArmConfig, run: TrainConfig, d_model: int, l0: float | None = None) -> Flop:
     """What a step of ``arm`` in ``run`` computes for activations of ``d_model`` dimensions.

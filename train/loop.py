@@ -15,8 +15,7 @@ from tcsae.store.errors import ConfigError, Interrupted
 from tcsae.train.checkpoint import checkpoints, load_checkpoint
 from tcsae.train.config import TrainConfig
 from tcsae.train.interrupt import stop_on_signal
-from tcsae.train.run import CONFIG_FILE, Run, run_facts, set_status, writing
-from tcsae.train.settings import load_config
+from tcsae.train.run import Run, own_config, set_status, writing
 from tcsae.train.training import Training
 from tcsae.train.world import World, joined
 from tcsae.train.writers import check_writers, writers
@@ -94,8 +93,7 @@ def _train(
     if config is None:
         if not resume:
             raise ConfigError("config: a new run needs one; only --resume can do without")
-        run_facts(path)
-        config = load_config(path / CONFIG_FILE)
+        config = own_config(path)
     with world.together():
         training = Training(store, config, device, world)
     with ExitStack() as held:
@@ -112,6 +110,13 @@ def _train(
         tokens, epoch = config.steps * config.batch_tokens, training.loader.tokens_per_epoch
         if tokens > epoch:
             log.info("%d tokens are %.1f epochs of %d, each in a new order", tokens, tokens / epoch, epoch)
+        for arm in config.arms:
+            if arm.dead_after >= tokens:
+                log.warning(
+                    "%s: dead_after = %d is not below the run's %d tokens: no feature will count as dead, so "
+                    "neither AuxK nor resampling will act",
+                    *(arm.name, arm.dead_after, tokens),
+                )
         try:
             with stop_on_signal(once=world.size == 1) as stop:
                 training.set_status(path, "running")

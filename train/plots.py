@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,8 @@ from matplotlib.figure import Figure
 
 from tcsae.store.atomic import write_atomically
 from tcsae.store.errors import RunError
-from tcsae.train.run import Run
+from tcsae.train.config import ArmConfig, TrainConfig
+from tcsae.train.run import Run, own_config
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito's palette, told apart with every common colour blindness"""
@@ -28,8 +31,16 @@ DASHES = ("-", "--", ":", "-.")
 _PANELS = (
     ("l2", "Reconstruction Loss", "L2 loss: mean squared error per token"),
     ("l1", "Sparsity", "L1 loss: mean activation sum per token"),
-    ("contrast", "Temporal Consistency", "temporal contrastive loss (nats)"),
+    ("contrast", "Temporal Consistency", None),
 )
+
+_OF_KIND = {
+    ("info_nce", "cosine"): "temporal contrastive loss (nats)",
+    ("in_batch", "cosine"): "contrastive loss within the batch (nats)",
+    ("in_batch", "dot"): "contrastive loss of dot products (nats)",
+    ("difference", "cosine"): "squared difference of a pair's codes",
+}
+"""the temporal term by objective and similarity: no two of them compare"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +65,30 @@ def plot_run(run: str | Path) -> Plotted:
         raise RunError(
             f"{opened.metrics}: not there yet; a run writes it with its first checkpoint (checkpoint_every steps)"
         )
-    plot_training(opened.metrics, opened.figure)
+    plot_training(opened.metrics, opened.figure, own_config(opened.path))
     last = pq.read_table(opened.metrics, columns=["step"])["step"].to_numpy().max()
     return Plotted(figure=opened.figure, step=int(last), steps=opened.steps)
 
 
-def plot_training(metrics: Path, figure: Path) -> None:
-    """Draw the three panels of ``metrics`` (a metrics.parquet) into ``figure``, one colour an arm.
+def plot_training(metrics: Path, figure: Path, config: TrainConfig) -> None:
+    """Draw the three panels of ``metrics`` (a metrics.parquet of ``config``) into ``figure``, one colour an arm.
 
     Several seeds of one arm are their mean, in a band from the lowest to the highest. An arm without a block has no
     temporal loss; that of a ring rises with the number of negatives, so it is drawn from where the ring is full.
+    Losses of different objectives do not compare: the third panel has those of one (`comparable`) and names the
+    other arms.
     """
     table = pq.read_table(metrics)
     arms = list(dict.fromkeys(table["arm"].to_pylist()))
+    contrast, others = comparable(config.arms)
     n_seeds = len(set(table["seed"].to_pylist()))
     drawing = Figure(figsize=(15, 4.8), layout="constrained")
     FigureCanvasAgg(drawing)
     panels = drawing.subplots(1, 3)
     for axes, (column, title, label) in zip(panels, _PANELS, strict=True):
         for i, name in enumerate(arms):
+            if label is None and name in others:
+                continue
             step, values = over_seeds(table, name, column)
             shown = np.isfinite(values).all(axis=0)
             if not shown.any():
@@ -89,7 +105,11 @@ def plot_training(metrics: Path, figure: Path) -> None:
             if n_seeds > 1:
                 low, high = values[:, shown].min(axis=0), values[:, shown].max(axis=0)
                 axes.fill_between(step[shown], low, high, color=colour, alpha=0.2, linewidth=0)
-        _finish(axes, title, label)
+        _finish(axes, title, label or contrast)
+    if others:
+        left_out = f"not comparable, left out: {', '.join(f'{name} ({of})' for name, of in others.items())}"
+        note = fill(left_out, 64, break_on_hyphens=False)
+        panels[-1].text(0.5, -0.16, note, fontsize=10, ha="center", va="top", transform=panels[-1].transAxes)
     handles, labels = panels[0].get_legend_handles_labels()
     legend_title = f"mean of {n_seeds} seeds, band from the lowest to the highest" if n_seeds > 1 else None
     drawing.legend(
@@ -103,6 +123,26 @@ def plot_training(metrics: Path, figure: Path) -> None:
     image = io.BytesIO()
     drawing.savefig(image, format="png", dpi=130, metadata={"Software": "tcsae"})
     write_atomically(figure, image.getvalue())
+
+
+def comparable(arms: Sequence[ArmConfig]) -> tuple[str, dict[str, str]]:
+    """What the third panel shows, and the objectives of the arms with another temporal term, by name.
+
+    It shows InfoNCE against the ring, or what the first arm that learns from its term has where none learns from
+    that.
+
+    >>> base, tc16 = ArmConfig(name="block"), ArmConfig(name="tc16", alpha=0.1)
+    >>> tsae = ArmConfig(name="tsae", alpha=0.1, objective="in_batch")
+    >>> comparable([base, tc16, tsae])
+    ('temporal contrastive loss (nats)', {'tsae': 'in_batch'})
+    >>> comparable([base, tsae])
+    ('contrastive loss within the batch (nats)', {'block': 'info_nce'})
+    """
+    kinds = {arm.name: (arm.objective, arm.similarity) for arm in arms if arm.block_share > 0}
+    ring = ("info_nce", "cosine")
+    learning = [kinds[arm.name] for arm in arms if arm.alpha > 0] or list(kinds.values())
+    shown = ring if ring in learning or not learning else learning[0]
+    return _OF_KIND[shown], {name: kind[0] for name, kind in kinds.items() if kind != shown}
 
 
 def over_seeds(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Sequence
+from dataclasses import fields
 from importlib.resources import files
 from typing import Any
 
@@ -27,6 +28,10 @@ def recipe_names() -> list[str]:
     return sorted(
         file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml")
     )
+
+
+OF_ALL = ("tokens", "batch_tokens")
+"""run settings that decide every arm's result, also of recipes that do not name them"""
 
 
 def load_recipe(name: str) -> ArmConfig:
@@ -69,8 +74,12 @@ def load_recipes(names: Sequence[str], *, given: Collection[str] = ()) -> TrainC
     """
     run: dict[str, Any] = {}
     asked_by: dict[str, str] = {}
-    for name in names:
-        for field, value in recipe_run(name).items():
+    asked = [recipe_run(name) for name in names]
+    usual = {field.name: field.default for field in fields(TrainConfig)}
+    for name, wishes in zip(names, asked, strict=True):
+        # The tokens and the batch are part of an arm: one that asks for none is meant for the usual ones.
+        fixed = {field: usual[field] for field in OF_ALL if any(field in other for other in asked)}
+        for field, value in {**fixed, **wishes}.items():
             if field in given:
                 continue
             if field in run and run[field] != value:

@@ -94,6 +94,12 @@ def run_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def own_config(path: Path) -> TrainConfig:
+    """The configuration that the run at ``path`` was begun with; raises what `run_facts` does."""
+    run_facts(path)
+    return load_config(path / CONFIG_FILE)
+
+
 @contextmanager
 def writing(path: Path, store: ActivationStore, config: TrainConfig, *, resume: bool) -> Iterator[None]:
     """Hold the run folder's lock for the block, with its configuration and status on disk.

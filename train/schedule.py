@@ -23,6 +23,11 @@ def check_schedule(arm: ArmConfig, steps: int) -> None:
             f"{arm.name}: warm-up of {arm.warmup_steps} and decay of {decay} steps are longer than the run "
             f"of {steps} steps; raise tokens or lower warmup_steps or decay_share"
         )
+    if arm.resample_every > steps // 2:
+        raise ConfigError(
+            f"{arm.name}: resample_every = {arm.resample_every}: features are not resampled in the last that many "
+            f"steps of a run, and this one has {steps}; raise tokens or lower resample_every"
+        )
 
 
 def learning_rate(arm: ArmConfig, step: int, steps: int) -> float:

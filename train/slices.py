@@ -22,7 +22,7 @@ from tcsae.train.config import ArmConfig
 from tcsae.train.losses import Contrast
 from tcsae.train.pairs import Pairs
 from tcsae.train.sae.base import Losses
-from tcsae.train.sae.code import Code, Coded
+from tcsae.train.sae.code import Code, Coded, Sizes
 from tcsae.train.world import World
 
 TemporalTerm = Callable[[Coded, Rows, Pairs], Contrast]
@@ -141,13 +141,13 @@ class _WholeCode:
         """Active entries of features ``start`` to ``stop`` (exclusive)."""
         return int(self.world.totals(self.mine.count(start, stop))[0])
 
-    def energy(self, start: int, stop: int) -> float:
-        """Sum of those features' squares."""
-        return self.world.totals(self.mine.energy(start, stop))[0]
+    def energy(self, start: int, stop: int, size: Sizes = None) -> float:
+        """Sum of those features' squares, each entry times its feature's ``size``."""
+        return self.world.totals(self.mine.energy(start, stop, size))[0]
 
-    def total(self) -> float:
-        """Sum of all entries."""
-        return self.world.totals(self.mine.total())[0]
+    def total(self, size: Sizes = None) -> float:
+        """Sum of all entries, each times its feature's ``size``."""
+        return self.world.totals(self.mine.total(size))[0]
 
     def fired(self) -> Bool[Tensor, " feature"]:
         """Which features are active for some token."""

@@ -27,6 +27,7 @@ from tcsae.train.checkpoint import (
     arm_tensors,
     as_bytes,
     as_tensor,
+    checkpoint_step,
     checkpoints,
     restore_arms,
     save_checkpoint,
@@ -180,7 +181,18 @@ class Training:
             if self.world.is_first:
                 set_status(folder, self.store, self.config, status, self.done)
 
+    def _check_weights(self) -> None:
+        """Refuse to save what the last update has made useless: the terms only tell with the next batch."""
+        for arm in self.arms:
+            for name, weight in arm.sae.named_parameters():
+                if not torch.isfinite(weight).all():
+                    raise TrainingCollapsed(
+                        f"{arm.name} collapsed at step {self.done}: {name} holds NaN or Inf; lower its "
+                        "learning_rate, or set clip_norm"
+                    )
+
     def _save(self, folder: Path) -> None:
+        self._check_weights()
         self.metrics.write(folder / METRICS_FILE)
         self.machine.write(folder / MACHINE_FILE)
         tensors = arm_tensors(self.arms)
@@ -220,9 +232,11 @@ class Training:
 
         Of several processes the first does, with what the others read of the batches.
         """
-        calibration = [
-            self.world.gather(self._valid_rows(self.loader.next())) for _ in range(CALIBRATION_BATCHES)
-        ]
+        calibration = []
+        for _ in range(CALIBRATION_BATCHES):
+            with self.world.together():
+                batch = self.loader.next()
+            calibration.append(self.world.gather(self._valid_rows(batch)))
         with self.world.together():
             if self.world.is_first:
                 self._finish(folder, calibration)
@@ -235,7 +249,7 @@ class Training:
             arm.sae.calibrate(calibration, float32_linear)
             sae = arm.sae.to_inference(self.loader.scaler, name=arm.name, metadata=self._metadata(arm))
             save_sae(sae, folder / SAE_FOLDER / arm.name)
-        plot_training(folder / METRICS_FILE, folder / FIGURE_FILE)
+        plot_training(folder / METRICS_FILE, folder / FIGURE_FILE, self.config)
         set_status(folder, self.store, self.config, "finished", self.done)
 
     def _centre_decoders(self) -> None:
@@ -311,9 +325,11 @@ class Training:
             if self.world.is_first:
                 self.metrics.write(folder / METRICS_FILE)
                 set_status(folder, self.store, self.config, "collapsed", self.done)
+        began = self.done - max(1, *self._watch.lasting.values(), 0)
         saved = checkpoints(folder)
-        last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise TrainingCollapsed(f"{problem}; {last}")
+        good = [path for path in saved if checkpoint_step(path) <= began]
+        last = "every checkpoint left is from after it began" if saved else "there is no checkpoint yet"
+        raise TrainingCollapsed(f"{problem}; {f'the last good checkpoint is {good[-1]}' if good else last}")
 
 
 def summary(terms: Sequence[tuple[str, dict[str, Any]]]) -> str:

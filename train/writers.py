@@ -58,11 +58,12 @@ class TensorBoard(Writer):
         from torch.utils.tensorboard import SummaryWriter
 
         names = [f"{arm.name}-s{seed}" for arm in config.arms for seed in config.seeds]
-        # From the first step that will come again, readers forget what an interrupted process wrote.
-        self._of = {
-            name: SummaryWriter(str(folder / "tensorboard" / name), purge_step=done + 1 if done else None)
-            for name in [*names, "machine"]
-        }
+        self._of = {}
+        for name in [*names, "machine"]:
+            own = folder / "tensorboard" / name
+            # From the first step that will come again, readers forget what an interrupted process wrote; one that
+            # was killed before its first checkpoint has written too.
+            self._of[name] = SummaryWriter(str(own), purge_step=done + 1 if own.exists() else None)
 
     def write(self, step: int, lines: Mapping[str, Mapping[str, Any]], machine: Mapping[str, float]) -> None:
         """One scalar for each finite term."""
@@ -87,8 +88,9 @@ class WeightsAndBiases(Writer):
     def __init__(self, folder: Path, config: TrainConfig, done: int) -> None:
         import wandb
 
+        del done  # the file knows better: a process may have been killed after its last checkpoint
         self._path = folder / "wandb.json"
-        known = json.loads(self._path.read_text("utf-8")) if done and self._path.exists() else None
+        known = json.loads(self._path.read_text("utf-8")) if self._path.exists() else None
         self._id: str = known["id"] if known else secrets.token_hex(4)
         self._newest: int = known["step"] if known else 0
         try:

@@ -148,6 +148,10 @@ class ArchitectureTests(ABC):
             assert coded.code.count(start, stop) == int((part > 0).sum()) > 0
             assert coded.code.energy(start, stop) == pytest.approx(part.square().sum().item())
         assert coded.code.total() == pytest.approx(expected.code.sum().item())
+        factor = torch.arange(D_SAE, dtype=torch.float64) / 7
+        sized = expected.code.detach() * factor
+        assert coded.code.total(factor) == pytest.approx(sized.sum().item())
+        assert coded.code.energy(2, 9, factor) == pytest.approx(sized[:, 2:9].square().sum().item())
         assert torch.equal(coded.code.fired(), (expected.code > 0).any(dim=0))
         # The last term gives the active values a gradient of their own.
         (losses.fit + losses.sparsity / 10 + code.square().sum()).backward()

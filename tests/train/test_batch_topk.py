@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn.functional import linear
 
@@ -128,3 +129,20 @@ def test_the_folded_sae_on_raw_activations_is_the_trained_one_on_normalised_ones
     torch.testing.assert_close(folded(raw)[rows], reconstruction[rows], rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(24))
     assert int(rows.sum()) > 290
+
+
+def test_without_a_budget_of_its_own_block_h_competes_with_all_features() -> None:
+    config = ArmConfig(name="a", expansion=3.0, k=5, block_share=0.25, block_k_share=0.0)
+    sae = BatchTopK(8, config, torch.Generator().manual_seed(0))
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    coded = sae(x, torch.ones(100) > 0)
+    pre = (x @ sae.W_enc.T + sae.bias).detach()
+    bound = pre.flatten().sort(descending=True).values[5 * 100 - 1]
+    assert coded.code.count(0, 24) == 500
+    assert coded.code.count(0, 6) == int((pre[:, :6] >= bound).sum())
+    sae.calibrate([x], float32_linear)
+    folded = sae.to_inference(Scaler(torch.zeros(8), 1.0), name="a", metadata={})
+    assert folded.block_size == 6
+    assert folded.threshold is not None
+    assert folded.threshold.unique().tolist() == pytest.approx([bound.item()])
+    assert [len(features) for features in sae.dead(0)] == [6, 18]

@@ -43,3 +43,22 @@ def test_what_cannot_be_exported_is_named(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="SHA-256"):
         export(run.saes[0], tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_run_with_a_damaged_sae_or_unfinished_is_not_exported_by_half(run: Run, tmp_path: Path) -> None:
+    weights = run.saes[1] / "sae_weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"?")
+    with pytest.raises(RunError, match="SHA-256"):
+        export(run.path, tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    weights.write_bytes(whole)
+    facts = run.path / "run.json"
+    # As if the process had been killed while it wrote the SAEs.
+    facts.write_text(facts.read_text().replace('"finished"', '"running"'))
+    with pytest.raises(
+        RunError, match="the run is running after step 8 of 8, expected finished; go on with it"
+    ):
+        export(run.path, tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    assert export(run.saes[1], tmp_path / "one").saes == [tmp_path / "one"]

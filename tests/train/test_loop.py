@@ -459,5 +459,33 @@ def test_the_figure_is_drawn_for_many_arms_and_for_none_with_a_block(
     run = train(sticky_store, tmp_path / "run", small_config(arms=(plain,), tokens=8 * 128))
     assert np.isnan(pq.read_table(run.metrics)["contrast"].to_numpy()).all()
     run.figure.unlink()
-    plot_training(run.metrics, run.figure)
+    plot_training(run.metrics, run.figure, load_config(run.path / "config.toml"))
     assert run.figure.stat().st_size > 10_000
+
+
+def test_weights_that_the_last_update_made_useless_are_not_saved(
+    sticky_store: ActivationStore, small_config: ConfigFactory, tmp_path: Path
+) -> None:
+    config = small_config(tokens=128, arm={"learning_rate": 1e4, "warmup_steps": 0, "decay_share": 0.0})
+    training = Training(sticky_store, config, CPU)
+    training.step(detailed=False)
+    with torch.no_grad():
+        training.arms[1].sae.W_enc[3, 3] = torch.inf
+    with pytest.raises(TrainingCollapsed, match="tc8-s0 collapsed at step 1: W_enc holds NaN or Inf"):
+        training.save(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"alpha": float("inf")}, "alpha: expected at most"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected more than 0 and at most 10,000, got inf"),
+        ({"clip_norm": float("nan")}, "clip_norm: expected at least 0, got nan"),
+        ({"expansion": 1e12}, "expansion: expected more than 0 and at most 10,000"),
+        ({"dead_after": 10**20}, "dead_after: expected at most"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(arm: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ArmConfig(name="a", **arm)

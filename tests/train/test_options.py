@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tcsae.train import ArmConfig, TrainConfig, load_sae, train
 from tcsae.train.arm import Arm
 from tcsae.train.average import WeightAverage
 from tcsae.train.median import geometric_median
+from tcsae.train.precision import float32_linear
 from tcsae.train.resample import feature_parameters, resample, resampling_is_due
 from tcsae.train.sae.base import TrainableSAE
 from tcsae.train.sae.build import build
@@ -32,6 +34,37 @@ ConfigFactory = Callable[..., TrainConfig]
 def _one_arm(make: ConfigFactory, arm: dict[str, Any], **run: Any) -> TrainConfig:
     config = make(arm=arm, **run)
     return replace(config, arms=config.arms[:1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"architecture": "standard", "sparsity_weight": 0.1, "batch_norm": True},
+        {"architecture": "gated", "sparsity_weight": 0.1, "unit_norm_decoder": False},
+        {"unit_norm_decoder": False},
+        {},
+    ],
+    ids=["batch norm", "free rows", "free rows, selected", "unit rows"],
+)
+def test_the_logged_size_of_the_code_is_that_of_the_saved_sae(
+    sticky_store: ActivationStore, small_config: ConfigFactory, options: dict[str, Any]
+) -> None:
+    training = Training(sticky_store, _one_arm(small_config, options), CPU)
+    (arm,) = training.arms
+    if not arm.config.unit_norm_decoder:
+        scale = torch.rand(len(arm.sae.b_enc), 1, generator=torch.Generator().manual_seed(0))
+        arm.sae.W_dec.data *= 0.2 + 3 * scale
+    sae, batch = copy.deepcopy(arm.sae), Training(sticky_store, training.config, CPU).loader.next()
+    logged = training.step(detailed=True)[arm.name]
+    coded = sae(batch.x, batch.valid)  # batch normalisation's running statistics become this batch's
+    if coded.thresholds:
+        sae.calibrate([batch.x[batch.valid]], float32_linear)
+    saved = sae.to_inference(training.loader.scaler, name="a", metadata={})
+    code = saved.encode(batch.raw[batch.valid]).double()
+    assert logged["l0"] == pytest.approx(float((code > 0).sum(dim=1).double().mean()), rel=0.01)
+    assert logged["l1"] == pytest.approx(float(code.sum(dim=1).mean()), rel=0.01)
+    share = code[:, : sae.block_size].square().sum() / code.square().sum()
+    assert logged["energy_h"] == pytest.approx(float(share), rel=0.01)
 
 
 def _state(sae: TrainableSAE) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +12,8 @@ import pytest
 
 from tcsae.store import ActivationStore
 from tcsae.store.errors import RunError, RunNotFound
-from tcsae.train import TrainConfig, plot_run, train
-from tcsae.train.plots import over_seeds
+from tcsae.train import ArmConfig, TrainConfig, plot_run, train
+from tcsae.train.plots import comparable, over_seeds
 
 
 def test_a_run_is_drawn_again_from_what_it_has_written(
@@ -36,3 +37,20 @@ def test_a_run_is_drawn_again_from_what_it_has_written(
         plot_run(run.path)
     with pytest.raises(RunNotFound):
         plot_run(tmp_path / "none")
+
+
+def test_only_losses_of_one_objective_share_a_panel() -> None:
+    plain = ArmConfig(name="plain", block_share=0.0)
+    learning: dict[str, Any] = {"alpha": 0.1}
+    block, tc16 = ArmConfig(name="block"), ArmConfig(name="tc16", **learning)
+    dot = ArmConfig(name="dot", objective="in_batch", similarity="dot", **learning)
+    cosine = ArmConfig(name="cosine", objective="in_batch", **learning)
+    difference = ArmConfig(name="difference", objective="difference", **learning)
+    ring = "temporal contrastive loss (nats)"
+    assert comparable([plain, block]) == comparable([plain]) == (ring, {})
+    others = {"dot": "in_batch", "difference": "difference"}
+    assert comparable([dot, plain, tc16, block, difference]) == (ring, others)
+    label, others = comparable([plain, dot, cosine, block])
+    assert label == "contrastive loss of dot products (nats)"
+    assert others == {"cosine": "in_batch", "block": "info_nce"}
+    assert comparable([difference]) == ("squared difference of a pair's codes", {})

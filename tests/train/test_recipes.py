@@ -56,7 +56,7 @@ def test_all_arms_compare_at_one_sparsity_and_train_side_by_side() -> None:
 
 def test_the_longer_baseline_computes_as_much_as_the_contrast() -> None:
     contrast, longer = load_recipes(["tc16"]), load_recipes(["batchtopk-longer"])
-    spent = [flop_per_step(c.arms[0], c, 576).total * c.steps for c in (contrast, longer)]
+    spent = [sum(flop_per_step(c.arms[0], c, 576)) * c.steps for c in (contrast, longer)]
     assert spent[1] == pytest.approx(spent[0], rel=0.01)
     assert _differing("batchtopk", "batchtopk-longer") == set()
 
@@ -131,3 +131,10 @@ def test_the_third_source_run_is_far_worse_than_the_mean_after_48_steps_of_its_w
     monkeypatch.setattr("tcsae.train.training.check_schedule", lambda *_: None)  # the guard off
     explained, _ = _explained(sticky_store, "source-run3", 0.2, 48)
     assert explained[-1] < -1
+
+
+def test_a_recipe_with_its_own_tokens_is_not_trained_beside_one_without() -> None:
+    # Side by side all arms see the same tokens: the longer arm's would be batchtopk's too.
+    with pytest.raises(ConfigError, match="batchtopk and batchtopk-longer ask for different tokens"):
+        load_recipes(["batchtopk", "batchtopk-longer"])
+    assert load_recipes(["batchtopk", "batchtopk-longer"], given=["tokens"]).tokens == 700 * 2048

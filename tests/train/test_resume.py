@@ -129,6 +129,24 @@ def test_a_damaged_checkpoint_is_named(
         load_checkpoint(newest)
 
 
+def test_a_checkpoint_of_another_version_says_what_to_do(
+    sticky_store: ActivationStore,
+    small_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(sticky_store, tmp_path / "run", small_config())
+    newest = checkpoints(tmp_path / "run")[-1]
+    monkeypatch.setattr("tcsae.train.checkpoint.VERSION", 3)
+    with pytest.raises(
+        RunMismatch, match="version 2, this tcsae reads 3; finish the run with the tcsae that"
+    ):
+        load_checkpoint(newest)
+    monkeypatch.setattr("tcsae.train.checkpoint.VERSION", 1)
+    with pytest.raises(RunMismatch, match="version 2, this tcsae reads 1; upgrade tcsae"):
+        load_checkpoint(newest)
+
+
 def test_a_checkpoint_of_another_configuration_or_store_is_refused_by_name(
     sticky_store: ActivationStore, small_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

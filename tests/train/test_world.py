@@ -66,6 +66,26 @@ with joined(torch.device("cpu")) as (world, _):
     open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(found))
 """
 
+UNREADABLE = """
+import sys, torch
+from tcsae.store import ActivationStore
+from tcsae.store.errors import StoreCorrupt
+from tcsae.train.settings import load_config
+from tcsae.train.training import Training
+from tcsae.train.world import joined
+store, config, folder = sys.argv[1:]
+def fail():
+    raise StoreCorrupt("of rank 1")
+with joined(torch.device("cpu")) as (world, device):
+    training = Training(ActivationStore.open(store), load_config(config), device, world)
+    if world.rank == 1:
+        training.loader.next = fail
+    try:
+        training.finish(folder)
+    except StoreCorrupt as error:
+        open(f"{folder}/{world.rank}.txt", "w").write(str(error))
+"""
+
 
 def torchrun(arguments: list[str], **options: object) -> subprocess.Popen[str]:
     """Two processes of ``arguments`` on this machine; the launcher's own process is returned."""
@@ -180,6 +200,18 @@ def test_the_methods_of_two_processes_give_what_their_docstrings_say(tmp_path: P
         "gradients": [1.0, 1.0],
         "error": "of rank 1",
     }
+
+
+def test_what_one_process_cannot_read_for_the_calibration_is_raised_on_all(
+    sticky_store: ActivationStore, small_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "unreadable.py").write_text(UNREADABLE)
+    (tmp_path / "asked.toml").write_text(to_toml(small_config()))
+    asked = [str(sticky_store.path), str(tmp_path / "asked.toml"), str(tmp_path)]
+    process = torchrun([str(tmp_path / "unreadable.py"), *asked])
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["of rank 1"] * 2
 
 
 def test_one_process_is_alone_and_gets_back_what_it_gives() -> None:

@@ -78,8 +78,9 @@ def test_tensorboard_shows_the_lines_of_an_interrupted_and_resumed_run_once(
     assert set(machine["memory_bytes"]) == {1, *range(5, 41, 5)}
 
 
+@pytest.mark.parametrize("done", [1, 0], ids=["after a step", "before any"])
 def test_what_a_killed_process_wrote_after_its_checkpoint_is_forgotten(
-    small_config: ConfigFactory, tmp_path: Path
+    small_config: ConfigFactory, tmp_path: Path, done: int
 ) -> None:
     pytest.importorskip("tensorboard")
     from tcsae.train.writers import TensorBoard
@@ -89,11 +90,12 @@ def test_what_a_killed_process_wrote_after_its_checkpoint_is_forgotten(
     for step in (1, 2, 3):
         killed.write(step, {"tc8-s0": {"loss": -1.0}}, machine)  # never closed
     time.sleep(1.1)  # event files are read in the order of the second in their names
-    resumed = TensorBoard(tmp_path, small_config(), 1)  # the checkpoint was after step 1
-    for step in (2, 3, 4):
+    resumed = TensorBoard(tmp_path, small_config(), done)
+    for step in range(done + 1, 5):
         resumed.write(step, {"tc8-s0": {"loss": float(step), "contrast": math.nan}}, machine)
     resumed.close()
-    assert _scalars(tmp_path / "tensorboard" / "tc8-s0") == {"loss": {1: -1.0, 2: 2.0, 3: 3.0, 4: 4.0}}
+    expected = {1: -1.0 if done else 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+    assert _scalars(tmp_path / "tensorboard" / "tc8-s0") == {"loss": expected}
 
 
 def test_weights_and_biases_go_on_offline_under_one_id(
@@ -128,6 +130,22 @@ def test_weights_and_biases_go_on_offline_under_one_id(
     folders = list((run.path / "wandb").glob(f"offline-run-*-{begun['id']}"))
     assert folders
     assert all(list(folder.glob("*.wandb")) for folder in folders)
+
+
+def test_weights_and_biases_go_on_under_one_id_also_after_a_process_killed_before_its_first_checkpoint(
+    small_config: ConfigFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    path, found = tmp_path / "wandb.json", []
+    for last in (2, 3):
+        writer = WeightsAndBiases(tmp_path, small_config(), 0)
+        for step in range(1, last + 1):
+            writer.write(step, {"tc8-s0": {"loss": 1.0}}, {"memory_bytes": 2.0})
+            found.append(json.loads(path.read_text()))
+        writer.close()
+    assert len({one["id"] for one in found}) == 1
+    assert [one["step"] for one in found] == [1, 2, 2, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tcsae.train.config import ArmConfig
 from tcsae.train.losses import fvu
 from tcsae.train.precision import Linear, float32_linear
-from tcsae.train.sae.code import Coded
+from tcsae.train.sae.code import Coded, Sizes
 from tcsae.train.sae.inference import SAE, Architecture
 from tcsae.train.sae.initial import initial_weights
 from tcsae.train.sae.select import Block
@@ -78,7 +78,10 @@ class TrainableSAE(nn.Module, ABC):
         """the processes that each give `forward` a slice of one batch"""
         self.block_size = block_size
         split = (Block(0, block_size, block_k), Block(block_size, d_sae, config.k - block_k))
-        self.blocks: tuple[Block, ...] = split if block_size else (Block(0, d_sae, config.k),)
+        whole = (Block(0, d_sae, config.k),)
+        self.blocks: tuple[Block, ...] = split if block_size else whole
+        self.selections: tuple[Block, ...] = self.blocks if block_k else whole
+        """what features compete for: each block has a budget of its own, or all share one"""
         self.silent: Tensor
         self.register_buffer("silent", torch.zeros(d_sae, dtype=torch.int64))
 
@@ -149,6 +152,16 @@ class TrainableSAE(nn.Module, ABC):
         """What one unit of some features adds to the reconstruction, with gradient."""
         return self.W_dec[features]
 
+    @torch.no_grad()
+    def sizes(self) -> Sizes:
+        """How many times as large as in training each feature's code is in the saved SAE; None: not at all.
+
+        The norms of the decoder's rows, which `to_inference` makes unit rows.
+        """
+        if self.config.unit_norm_decoder and not self.config.batch_norm:
+            return None
+        return _sizes(self.decoder_of(slice(None)))
+
     def dead(self, dead_after: int) -> list[Int64[Tensor, " feature"]]:
         """For each block, its features that have not fired for ``dead_after`` tokens."""
         silent = self.silent >= dead_after
@@ -188,11 +201,9 @@ class TrainableSAE(nn.Module, ABC):
         feature's code n times as large. A feature whose row is 0 reconstructs nothing and keeps its code.
         """
         architecture, W_enc, b_enc, W_dec, b_dec, threshold, k = self.parts()
-        norm = torch.linalg.vector_norm(W_dec, dim=1)
-        # Rows that have unit norm but for rounding stay as they are; a top-k ranks its codes as they are.
-        free = (norm > 0) & ((norm - 1).abs() > 1e-5)
-        size = torch.where(free, norm, torch.ones_like(norm))
-        if k is not None and free.any():
+        size = _sizes(W_dec)
+        # A top-k ranks its codes as they are.
+        if k is not None and (size != 1).any():
             raise ValueError("a top-k SAE is exported with decoder rows of unit norm only")
         factor = size / scaler.scale
         return SAE(
@@ -207,3 +218,9 @@ class TrainableSAE(nn.Module, ABC):
             name=name,
             metadata=metadata,
         )
+
+
+def _sizes(W_dec: Tensor) -> Tensor:
+    """Norms of the rows; 1 for those that stay as they are: rows of 0, and of unit norm but for rounding."""
+    norm = torch.linalg.vector_norm(W_dec, dim=1)
+    return torch.where((norm > 0) & ((norm - 1).abs() > 1e-5), norm, torch.ones_like(norm))

@@ -38,13 +38,13 @@ class BatchTopK(TrainableSAE):
         super().__init__(d_in, config, generator)
         self.thresholds: Tensor
         # float64: what is read from it must survive a checkpoint exactly as Python floats.
-        self.register_buffer("thresholds", torch.zeros(len(self.blocks), dtype=torch.float64))
+        self.register_buffer("thresholds", torch.zeros(len(self.selections), dtype=torch.float64))
 
     @property
     def running_thresholds(self) -> Sequence[float]:
         """Smallest active entries of the last batches, of each block."""
         found: list[float] = self.thresholds.tolist()
-        return found
+        return found if len(found) == len(self.blocks) else found * len(self.blocks)
 
     def forward(
         self,
@@ -67,7 +67,7 @@ class BatchTopK(TrainableSAE):
     def _select(self, pre: Tensor, n_valid: int) -> Selected:
         """The entries of ``pre`` that are kept; tokens that are not valid are -inf."""
         guess = tuple(GUESS * bound for bound in self.thresholds.tolist())
-        return keep_largest(pre, self.blocks, n_valid, guess, self.world)
+        return keep_largest(pre, self.selections, n_valid, guess, self.world)
 
     def _reconstruct(self, values: Tensor, active: Active) -> list[Tensor]:
         """What is fitted, the whole reconstruction last."""
@@ -88,16 +88,16 @@ class BatchTopK(TrainableSAE):
         That is one quantile over them together. The running thresholds follow weights that still change,
         and the mean of the batches' own thresholds is not the threshold of their union.
         """
-        found: list[list[Tensor]] = [[] for _ in self.blocks]
+        found: list[list[Tensor]] = [[] for _ in self.selections]
         n_tokens = 0
         for x in batches:
             pre = self.preactivations(x, linear)
             n_tokens += len(x)
-            for block, values in zip(self.blocks, found, strict=True):
+            for block, values in zip(self.selections, found, strict=True):
                 part = pre[:, block.start : block.stop].flatten()
                 # Twice the budget of each batch: the union's threshold is hardly below that of a batch.
                 values.append(part.topk(min(len(part), 2 * block.k * len(x)), sorted=False).values)
-        for i, (block, values) in enumerate(zip(self.blocks, found, strict=True)):
+        for i, (block, values) in enumerate(zip(self.selections, found, strict=True)):
             every = torch.cat(values)
             budget = block.k * n_tokens
             self.thresholds[i] = max(
@@ -108,6 +108,6 @@ class BatchTopK(TrainableSAE):
         """A JumpReLU SAE whose features share their block's threshold."""
         per_feature = [
             torch.full((b.stop - b.start,), bound, device=self.b_enc.device)
-            for b, bound in zip(self.blocks, self.thresholds.tolist(), strict=True)
+            for b, bound in zip(self.selections, self.thresholds.tolist(), strict=True)
         ]
         return Parts("jumprelu", self.W_enc, self.b_enc, self.W_dec, self.b_dec, torch.cat(per_feature))

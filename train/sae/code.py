@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tcsae.train.sae.sparse import Active
 
+Sizes = Float[Tensor, " feature"] | None
+"""a factor for each feature, such as `tcsae.train.sae.base.TrainableSAE.sizes`; None: 1"""
+
 
 @runtime_checkable
 class Code(Protocol):
@@ -22,11 +25,11 @@ class Code(Protocol):
     def count(self, start: int, stop: int) -> int:
         """Active entries of features ``start`` to ``stop`` (exclusive)."""
 
-    def energy(self, start: int, stop: int) -> float:
-        """Sum of those features' squares."""
+    def energy(self, start: int, stop: int, size: Sizes = None) -> float:
+        """Sum of those features' squares, each entry times its feature's ``size``."""
 
-    def total(self) -> float:
-        """Sum of all entries: the L1 norm."""
+    def total(self, size: Sizes = None) -> float:
+        """Sum of all entries, each times its feature's ``size``: the L1 norm."""
 
     def fired(self) -> Bool[Tensor, " feature"]:
         """Which features are active for some token."""
@@ -50,13 +53,17 @@ class SparseCode:
         """Active entries of features ``start`` to ``stop`` (exclusive)."""
         return int(self._inside(start, stop).sum())
 
-    def energy(self, start: int, stop: int) -> float:
-        """Sum of those features' squares."""
-        return float(self.values.detach()[self._inside(start, stop)].double().square().sum())
+    def _sized(self, size: Sizes) -> Tensor:
+        values = self.values.detach()
+        return values if size is None else values * size[self.active.feature]
 
-    def total(self) -> float:
-        """Sum of all entries."""
-        return float(self.values.detach().double().sum())
+    def energy(self, start: int, stop: int, size: Sizes = None) -> float:
+        """Sum of those features' squares, each entry times its feature's ``size``."""
+        return float(self._sized(size)[self._inside(start, stop)].double().square().sum())
+
+    def total(self, size: Sizes = None) -> float:
+        """Sum of all entries, each times its feature's ``size``."""
+        return float(self._sized(size).double().sum())
 
     def fired(self) -> Bool[Tensor, " feature"]:
         """Which features are active for some token."""
@@ -90,13 +97,17 @@ class DenseCode:
         """Active entries of features ``start`` to ``stop`` (exclusive)."""
         return int((self.values.detach()[:, start:stop] > 0).sum())
 
-    def energy(self, start: int, stop: int) -> float:
-        """Sum of those features' squares."""
-        return float(self.values.detach()[:, start:stop].double().square().sum())
+    def _sized(self, size: Sizes) -> Tensor:
+        values = self.values.detach()
+        return values if size is None else values * size
 
-    def total(self) -> float:
-        """Sum of all entries."""
-        return float(self.values.detach().double().sum())
+    def energy(self, start: int, stop: int, size: Sizes = None) -> float:
+        """Sum of those features' squares, each entry times its feature's ``size``."""
+        return float(self._sized(size)[:, start:stop].double().square().sum())
+
+    def total(self, size: Sizes = None) -> float:
+        """Sum of all entries, each times its feature's ``size``."""
+        return float(self._sized(size).double().sum())
 
     def fired(self) -> Bool[Tensor, " feature"]:
         """Which features are active for some token."""

@@ -64,8 +64,8 @@ class JumpReLU(TrainableSAE):
         slopes = (self.threshold - self.threshold.detach()) * entries.sums(near)
         firing = counts - slopes / width
         (n_tokens,) = self.world.totals(int(valid.sum()))
-        l0 = self.world.sum(torch.stack([firing[b.start : b.stop].sum() for b in self.blocks])) / n_tokens
-        target = l0.new_tensor([b.k for b in self.blocks])
+        l0 = self.world.sum(torch.stack([firing[b.start : b.stop].sum() for b in self.selections])) / n_tokens
+        target = l0.new_tensor([b.k for b in self.selections])
         return Coded(
             entries.decode(values, self.W_dec) + self.b_dec,
             entries.code(values),

@@ -19,8 +19,9 @@ class Matryoshka(BatchTopK):
         x_hat_m = z[:m] W_dec[:m] + b_dec                            for the prefixes m, the last of which is F
         fit     = mean over m of the FVU of x_hat_m
 
-    z is selected once, over all features, so a prefix keeps what it has among the k_b * B largest. With the
-    one prefix that is block H the fit is that of a T-SAE (Bhalla et al. 2025, arXiv 2511.05541).
+    z is selected once, as in BatchTopK: over each block, or over all features where block H has no budget of
+    its own, so a prefix keeps what it has among the largest. With the one prefix that is block H and one
+    budget the fit is that of a T-SAE (Bhalla et al. 2025, arXiv 2511.05541).
     """
 
     def __init__(self, d_in: int, config: ArmConfig, generator: torch.Generator) -> None:

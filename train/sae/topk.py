@@ -25,7 +25,7 @@ class TopK(BatchTopK):
 
     def _select(self, pre: Tensor, n_valid: int) -> Selected:
         guess = tuple(GUESS * bound for bound in self.thresholds.tolist())
-        kept = keep_largest_of_each(pre, self.blocks, guess)
+        kept = keep_largest_of_each(pre, self.selections, guess)
         sums = [bounds.sum().item() for bounds in kept.thresholds]
         *totals, n_tokens = self.world.totals(*sums, n_valid)
         return Selected(
