@@ -173,19 +173,21 @@ def train(
     from tcsae.train import dry_run as plan
     from tcsae.train import plot_run
     from tcsae.train import train as fit
+    from tcsae.train.run import own_config
+    from tcsae.train.writers import check_writers
 
     if plot:
         _print(plot_run(run), as_json)
         return
-    log_to = tuple(log.split(",")) if log else ()
-    named = recipe or config or settings or tokens or seeds
-    if resume and not named and not dry_run:
-        # the run's own configuration, which is what the message of an interrupted run asks for
-        _print(fit(ActivationStore.open(store), run, resume=True, device=device, log_to=log_to), as_json)
-        return
-    asked = _train_config(recipe or [], config, settings or [], tokens, seeds)
+    log_to = tuple(name.strip() for name in log.split(",")) if log else ()
+    if resume and not recipe and not settings and all(one is None for one in (config, tokens, seeds)):
+        # what the message of an interrupted run asks for
+        asked = own_config(run)
+    else:
+        asked = _train_config(recipe or [], config, settings or [], tokens, seeds)
     opened = ActivationStore.open(store)
     if dry_run:
+        check_writers(log_to)
         _print(plan(opened, asked, device=device), as_json)
     else:
         _print(fit(opened, run, asked, resume=resume, device=device, log_to=log_to), as_json)
@@ -462,14 +464,15 @@ def _readable(value: Any) -> str:
         case float():
             return f"{value:,.4g}" if abs(value) < 100 else f"{value:,.0f}"
         case dict():
-            shown = [f"{k}: {_readable(v)}" for k, v in list(value.items())[:MOST_SHOWN]]
+            shown = [f"{_readable(str(k))}: {_readable(v)}" for k, v in list(value.items())[:MOST_SHOWN]]
             more = len(value) - len(shown)
             return ", ".join([*shown, f"and {more} more"] if more else shown) or "-"
         case list() | tuple() if any(isinstance(one, str) and " " in one for one in value):
-            return "\n".join(" ".join(one.split()) for one in value)  # texts: one a line
+            return "\n".join(_readable(" ".join(one.split())) for one in value)  # texts: one a line
         case list() | tuple():
             return ", ".join(map(_readable, value)) or "-"
-    return str(value)
+    # a store may be anyone's, and a terminal obeys control characters
+    return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in str(value))
 
 
 if __name__ == "__main__":

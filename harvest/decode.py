@@ -46,15 +46,20 @@ def local_decoder(model: str, revision: str, tokenizer_sha256: str) -> Callable[
         raise ModelNotFound(
             f"{path}: another tokenizer than the store's: expected {tokenizer_sha256[:12]}…, got {found[:12]}…"
         )
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+    # an id that the tokenizer lacks has no text; of a negative one, which a damaged store may hold, it raises
+    return lambda ids: str(tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=False))
 
 
 def _tokenizer_file(model: str, revision: str) -> Path | None:
     packaged = table("models")
     if model in packaged:
         return _if_there(converted_folder(packaged[model]))
-    if Path(model).expanduser().is_dir():
-        return _if_there(Path(model).expanduser())
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return _if_there(folder)
+    except (OSError, RuntimeError):  # too long for a path, or the home of a user who is not here
+        return None
     return _in_hub_cache(model, revision)
 
 
@@ -69,6 +74,6 @@ def _in_hub_cache(model: str, revision: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(model, TOKENIZER, revision=revision or None)
-    except HFValidationError:  # the folder of another machine is no hub name
+    except (HFValidationError, OSError, ValueError):  # the folder of another machine is no hub name
         return None
     return Path(found) if isinstance(found, str) else None

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,8 @@ from tcsae.harvest.locate import canonical_name
 from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.plan import check_space, make_plan, provenance_of
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint, release
-from tcsae.store.errors import Interrupted, StoreExists, StoreMismatch
+from tcsae.store.errors import StoreExists, StoreMismatch
+from tcsae.store.interrupt import interruptible
 from tcsae.store.metadata import FIRST_BATCH, ROOT, read_root
 from tcsae.store.parallel import map_tasks
 from tcsae.store.progress import progress
@@ -89,7 +87,9 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
             f"{config.store}: already holds a store; go on with it with --resume, or choose another path "
             "or delete it"
         )
-    with _interruptible(config.store):
+    with interruptible(
+        f"{config.store}: interrupted; finished chunks are kept, run the same command with --resume to go on"
+    ):
         return _resume(config) if begun else _begin(config)
 
 
@@ -150,8 +150,9 @@ def _check_rounding(config: HarvestConfig, model: LanguageModel, first: str) -> 
         raise StoreMismatch(
             f"{config.store}: begun on a machine that rounds differently: the first batch's activations have "
             f"SHA-256 {begun[:12]}… there and {first[:12]}… here ({model.device}, "
-            f"{torch.backends.cpu.get_cpu_capability()}), so the store would be of two kinds; resume on a machine "
-            "of the first kind, or delete the store and harvest again"
+            f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}), so the store would be "
+            "of two kinds; resume on a machine of the first kind with the same OMP_NUM_THREADS, or delete the store "
+            "and harvest again"
         )
 
 
@@ -233,24 +234,3 @@ def _summary(
         tokens_per_second=computed_rows / seconds if computed_rows else 0.0,
         skipped=skipped,
     )
-
-
-@contextmanager
-def _interruptible(store: Path) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into `Interrupted`, with the way to go on."""
-
-    def stop(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    # Only the main thread may set a handler; elsewhere SIGTERM keeps its meaning, and a kill is safe too.
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main else None
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Interrupted(
-            f"{store}: interrupted; finished chunks are kept, run the same command with --resume to go on"
-        ) from error
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)

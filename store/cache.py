@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from tcsae.store.atomic import PARTIAL, write_atomically
 from tcsae.store.errors import ConfigError, StoreCorrupt, StoreError, StoreNotFound
-from tcsae.store.metadata import MAX_HEADER_BYTES, ROOT
+from tcsae.store.metadata import ROOT, checked_root
 from tcsae.store.remote import RemoteFolder, Transfer
 from tcsae.store.spec import (
     ACTIVATIONS,
@@ -102,15 +102,8 @@ class CachedStore:
             raise StoreNotFound(
                 f"{url}: not an activation store (nothing there); check the address and your rights"
             ) from None
-        try:
-            if len(root) > MAX_HEADER_BYTES:
-                raise ValueError(f"{len(root)} bytes")
-            attributes = json.loads(root)["attributes"]
-            name = f"{self.remote.url} {attributes.get('id')}"
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise StoreCorrupt(
-                f"{url}/{ROOT}: not a Zarr v3 group ({error}); copy the store again"
-            ) from error
+        attributes = checked_root(root, url)
+        name = f"{self.remote.url} {attributes.get('id')}"
         # the id is in the name: a store that was replaced at the same URL does not meet its predecessor's chunks
         self.path = self._caches / "stores" / hashlib.sha256(name.encode()).hexdigest()[:24]
         with self._alone(ROOT):
@@ -138,7 +131,7 @@ class CachedStore:
         """
         path = self.path / name
         if path.exists() and not again:
-            _touch(path)
+            touch(path)
             return path
         with self._alone(name):
             # another process may have fetched it meanwhile; a file to be replaced is fetched in any case
@@ -182,7 +175,7 @@ class CachedStore:
                 if path.is_file() and path.suffix != PARTIAL:
                     total += found.st_size
                     if ACTIVATIONS in path.parts and path.name != ROOT:
-                        chunks.append((found.st_mtime_ns, found.st_size, path))
+                        chunks.append((found.st_atime_ns, found.st_size, path))
             for _, size, path in sorted(chunks):
                 # a tenth is kept free, since this is looked at once in so many bytes
                 if total <= self._limit - self._limit // 10:
@@ -213,9 +206,11 @@ def waiting(lock: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _touch(path: Path) -> None:
-    """Note that the file was used now; not every file system notes reads by itself."""
-    with suppress(
-        FileNotFoundError
-    ):  # another process has just removed it; whoever opens it fetches it again
-        os.utime(path)
+def touch(path: Path) -> None:
+    """Note that the file was used now; not every file system notes reads by itself.
+
+    The time of its last change stays: by that a reader knows a chunk that it has verified.
+    """
+    # another process has just removed it, and whoever opens it fetches it again; or another user owns it
+    with suppress(FileNotFoundError, PermissionError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,9 +19,10 @@ def write_card(store: ActivationStore | str | Path, decode: Callable[[list[int]]
     """The card of a store as Markdown; writes no file (see `describe` for the parameters and errors)."""
     about = describe(store, decode)
     parts = [
-        f"# Activations of {about.model}",
-        f"{about.rows:,} activations of `{about.model}` in token order, with the boundaries of {about.documents:,} "
-        f"documents and {about.contexts:,} contexts: a Zarr v3 group with a Parquet table, format 1 of tcsae.",
+        f"# Activations of {_text(about.model)}",
+        f"{about.rows:,} activations of {_code(about.model)} in token order, with the boundaries of "
+        f"{about.documents:,} documents and {about.contexts:,} contexts: a Zarr v3 group with a Parquet table, "
+        "format 1 of tcsae.",
         _facts(about),
         _hooks(about),
         _documents(about),
@@ -31,14 +34,14 @@ def write_card(store: ActivationStore | str | Path, decode: Callable[[list[int]]
 
 def _facts(about: Description) -> str:
     lines = [
-        ("id", f"`{about.id}`"),
-        ("model", about.model),
-        ("corpus", about.corpus),
+        ("id", _code(about.id)),
+        ("model", _text(about.model)),
+        ("corpus", _text(about.corpus)),
         ("rows x dimensions", f"{about.rows:,} x {about.d_model:,}"),
-        ("stored as", f"{about.dtype}, codec {about.codec}; forward pass in {about.precision}"),
+        ("stored as", f"{about.dtype}, codec {about.codec}; forward pass in {_text(about.precision)}"),
         ("chunk files a hook", f"{about.chunks:,}"),
         ("uncompressed", f"{about.bytes / 1e9:,.3f} GB"),
-        ("made on", about.created),
+        ("made on", _text(about.created)),
     ]
     return _table(("", ""), lines)
 
@@ -49,9 +52,12 @@ def _hooks(about: Description) -> str:
         norms = about.norm_quantiles[hook]
         effect = "as harvested"
         if about.codec != "raw":
-            effect = f"{about.codec_ratio[hook]:.2f} x smaller, error {about.codec_error[hook]:.2g} of the variance"
+            ratio, error = about.codec_ratio.get(hook), about.codec_error.get(hook)
+            measured = [] if ratio is None else [f"{ratio:.2f} x smaller"]
+            measured += [] if error is None else [f"error {error:.2g} of the variance"]
+            effect = ", ".join(measured) or "not measured"
         quantiles = " / ".join(f"{norms[q]:.4g}" for q in ("0.01", "0.5", "0.99", "1.0"))
-        rows.append((f"`{hook}`", quantiles, f"{about.outliers[hook]:,}", effect))
+        rows.append((_code(hook), quantiles, f"{about.outliers[hook]:,}", effect))
     header = ("hook", "norm: 1 % / median / 99 % / largest", "outliers", "codec, measured on a sample")
     note = "Norms and outliers (more than ten times the median) are those of the train split."
     return "\n\n".join([f"## Hooks\n\n{_table(header, rows)}", note, *_effect(about)])
@@ -74,7 +80,7 @@ def _documents(about: Description) -> str:
         ("source", about.sources),
         ("topic", about.documents_by_topic),
     ):
-        rows = [(value, f"{n:,}") for value, n in counts.items()]
+        rows = [(_text(value), f"{n:,}") for value, n in counts.items()]
         if len(rows) > MOST:
             rest = sum(counts.values()) - sum(list(counts.values())[:MOST])
             rows = [*rows[:MOST], (f"{len(rows) - MOST} more", f"{rest:,}")]
@@ -85,7 +91,8 @@ def _documents(about: Description) -> str:
 def _examples(about: Description) -> list[str]:
     if not about.examples:
         return []
-    return ["## A few beginnings\n\n" + "\n".join(f"> {_cell(text)}\n" for text in about.examples).rstrip()]
+    # an indented line is code: nothing in it is Markdown or HTML, and unlike a fence no text can end it
+    return ["## A few beginnings\n\n" + "\n".join(f"    {_line(text)}" for text in about.examples)]
 
 
 def _use(about: Description) -> str:
@@ -94,9 +101,9 @@ def _use(about: Description) -> str:
 ```python
 from tcsae.store import ActivationStore
 
-store = ActivationStore.open("{about.path}")
-store.rows(0, 16, "{about.hooks[0]}")  # [16, {about.d_model}] {about.dtype}
-store.document(0, "{about.hooks[0]}")  # every token of the first document
+store = ActivationStore.open({_string(about.path)})
+store.rows(0, 16, {_string(about.hooks[0])})  # [16, {about.d_model}] {about.dtype}
+store.document(0, {_string(about.hooks[0])})  # every token of the first document
 store.tokens, store.document_offsets, store.context_offsets, store.documents
 ```
 
@@ -111,4 +118,24 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 def _cell(text: str) -> str:
     """``text`` on one line and without what Markdown would take for a border."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    """``text`` on one line, without control characters: a terminal obeys those, and a store may be anyone's."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
+def _text(text: str) -> str:
+    """A foreign ``text`` that Markdown shows as it is, in a line or a cell."""
+    return re.sub(r"([\\`*_\[\]<>&#~])", r"\\\1", _line(text))
+
+
+def _code(text: str) -> str:
+    """``text`` as inline code, in which a backtick cannot be escaped."""
+    return "`" + _line(text).replace("`", "'") + "`"
+
+
+def _string(text: str) -> str:
+    """``text`` as a string of Python, on one line."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())

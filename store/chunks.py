@@ -130,7 +130,7 @@ def codec_of(made: Provenance, hook: str) -> Codec:
     """The codec of a hook's chunks; raises `StoreCorrupt` if it is unknown or its configuration unfit."""
     try:
         return make_codec(made.codec, made.dtype, made.codec_configuration.get(hook, {}))
-    except (UnknownName, KeyError, TypeError, ValueError) as error:
+    except (UnknownName, KeyError, OverflowError, TypeError, ValueError) as error:
         raise StoreCorrupt(
             f"codec of {hook}: {error}; upgrade tcsae, or copy the store again if that does not help"
         ) from error

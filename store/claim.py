@@ -16,6 +16,7 @@ only after its files were read back. The age is computed from the other machine'
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -66,9 +67,6 @@ def claimed(folder: RemoteFolder) -> Iterator[Check]:
     if found is not None and time.time() - found["seen"] < STALE_SECONDS:
         raise _busy(folder, found)
     owner = uuid.uuid4().hex  # a process may hold several claims
-    _write(folder, owner)
-    time.sleep(SETTLE_SECONDS)
-    _check(folder, owner)
     lost: list[StoreBusy] = []
     done = threading.Event()
 
@@ -90,12 +88,16 @@ def claimed(folder: RemoteFolder) -> Iterator[Check]:
             _check(folder, owner)
 
     renewing = threading.Thread(target=renew, daemon=True, name=f"claim of {folder.url}")
-    renewing.start()
+    _write(folder, owner)
     try:
+        time.sleep(SETTLE_SECONDS)
+        _check(folder, owner)
+        renewing.start()
         yield check
     finally:
         done.set()
-        renewing.join()
+        if renewing.ident is not None:
+            renewing.join()
         # one that is left behind is stale soon, so failing to delete it does not matter
         with suppress(RemoteError, StoreBusy):
             _check(folder, owner)
@@ -103,8 +105,15 @@ def claimed(folder: RemoteFolder) -> Iterator[Check]:
 
 
 def _check(folder: RemoteFolder, owner: str) -> None:
+    """Raise `StoreBusy` unless the claim is still ``owner``'s, who has written it."""
     found = _read(folder)
-    if found is not None and found["owner"] != owner:
+    if found is None:
+        # whoever took over may be through already and have deleted its own claim
+        raise StoreBusy(
+            f"{folder.url}: this writer's {CLAIM} is gone: another one took over and has ended, or it was deleted; "
+            "see that no other writer is at work and run the same command with --resume"
+        )
+    if found["owner"] != owner:
         raise _busy(folder, found)
 
 
@@ -112,14 +121,15 @@ def _read(folder: RemoteFolder) -> dict[str, Any] | None:
     """What the claim says, or None if there is none that can be read."""
     try:
         found = json.loads(folder.read(CLAIM))
-        return {
+        claim: dict[str, Any] = {
             "owner": str(found["owner"]),
             "host": str(found["host"]),
             "pid": int(found["pid"]),
             "seen": float(found["seen"]),
         }
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         return None
+    return claim if math.isfinite(claim["seen"]) else None
 
 
 def _write(folder: RemoteFolder, owner: str) -> None:
@@ -129,7 +139,13 @@ def _write(folder: RemoteFolder, owner: str) -> None:
 
 def _busy(folder: RemoteFolder, found: dict[str, Any]) -> StoreBusy:
     age = time.time() - found["seen"]
+    writer = f"{folder.url}: process {found['pid']} on {found['host']} is writing there"
+    if age < -STALE_SECONDS:
+        return StoreBusy(
+            f"{writer}, last seen {-age:.0f} s from now: the two machines' clocks differ; wait for it or stop it, or, "
+            f"if no writer lives, delete {CLAIM} there"
+        )
     return StoreBusy(
-        f"{folder.url}: process {found['pid']} on {found['host']} is writing there (last seen {age:.0f} s ago); wait "
-        f"for it or stop it; if it was killed, try again in {max(STALE_SECONDS - age, 0):.0f} s"
+        f"{writer} (last seen {max(age, 0):.0f} s ago); wait for it or stop it; if it was killed, try again in "
+        f"{max(STALE_SECONDS - age, 0):.0f} s"
     )

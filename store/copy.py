@@ -18,6 +18,7 @@ import numpy as np
 from tcsae.store.chunks import CHECKSUM_BYTES
 from tcsae.store.codecs import CodecName
 from tcsae.store.errors import ConfigError, UnknownName
+from tcsae.store.interrupt import interruptible
 from tcsae.store.metadata import read_root
 from tcsae.store.places import LocalEnd, Place, RemoteEnd, open_end, same_place
 from tcsae.store.reader import ActivationStore
@@ -106,6 +107,8 @@ def copy_store(
         a part or a compressed copy does not fit on this machine's disk, found before it is begun
     RemoteError
         the network, after its retries; the copy can be resumed
+    Interrupted
+        Ctrl-C or SIGTERM; what is copied stays
     """
     if codec is not None and codec not in get_args(CodecName):
         raise UnknownName.among("codec", codec, get_args(CodecName))
@@ -114,43 +117,44 @@ def copy_store(
     target = open_end(dst, transfer)
     if isinstance(target, RemoteEnd) and target.folder.is_read_only:
         raise ConfigError(f"{dst}: http cannot be written to; choose another destination")
-    source = open_source(src, open_end(src, transfer))
-    part = select(source.made, hooks, documents, rows)
-    if part is None and codec in (None, source.made.codec):
-        moved = copy_files(source, target, dst, resume=resume)
-        offsets = np.frombuffer(target.read(f"{DOCUMENT_OFFSETS}/c/0")[:-CHECKSUM_BYTES], "<i8")
+    with interruptible(f"{dst}: interrupted; what is copied is kept, run the same command with --resume"):
+        source = open_source(src, open_end(src, transfer))
+        part = select(source.made, hooks, documents, rows)
+        if part is None and codec in (None, source.made.codec):
+            moved = copy_files(source, target, dst, resume=resume)
+            offsets = np.frombuffer(target.read(f"{DOCUMENT_OFFSETS}/c/0")[:-CHECKSUM_BYTES], "<i8")
+            return Copied(
+                source=str(src),
+                destination=str(dst),
+                id=source.attributes["id"],
+                rows=int(offsets[-1]),
+                documents=len(offsets) - 1,
+                hooks=source.made.hooks,
+                codec=source.made.codec,
+                ratio={},
+                relative_error={},
+                **moved._asdict(),
+            )
+        plan = plan_recoding(ActivationStore.open(src), part, codec or source.made.codec)
+        if isinstance(target, LocalEnd):
+            write_recoded(plan, target.path, resume=resume)
+            identity = read_root(target.path)["id"]
+            size, n_files = folder_bytes(target.path)
+            moved = Moved(files=n_files, kept=0, bytes=size)
+        else:
+            with staged(plan, dst) as staging:
+                written = open_source(staging, LocalEnd(staging))
+                moved = copy_files(written, target, dst, resume=resume)
+                identity = written.attributes["id"]
         return Copied(
             source=str(src),
             destination=str(dst),
-            id=source.attributes["id"],
-            rows=int(offsets[-1]),
-            documents=len(offsets) - 1,
-            hooks=source.made.hooks,
-            codec=source.made.codec,
-            ratio={},
-            relative_error={},
+            id=identity,
+            rows=plan.layout.n_rows,
+            documents=plan.layout.n_documents,
+            hooks=plan.made.hooks,
+            codec=plan.made.codec,
+            ratio=plan.made.measured("ratio"),
+            relative_error=plan.made.measured("relative_error"),
             **moved._asdict(),
         )
-    plan = plan_recoding(ActivationStore.open(src), part, codec or source.made.codec)
-    if isinstance(target, LocalEnd):
-        write_recoded(plan, target.path, resume=resume)
-        identity = read_root(target.path)["id"]
-        size, n_files = folder_bytes(target.path)
-        moved = Moved(files=n_files, kept=0, bytes=size)
-    else:
-        with staged(plan, dst) as staging:
-            written = open_source(staging, LocalEnd(staging))
-            moved = copy_files(written, target, dst, resume=resume)
-            identity = written.attributes["id"]
-    return Copied(
-        source=str(src),
-        destination=str(dst),
-        id=identity,
-        rows=plan.layout.n_rows,
-        documents=plan.layout.n_documents,
-        hooks=plan.made.hooks,
-        codec=plan.made.codec,
-        ratio={hook: found["ratio"] for hook, found in plan.made.codec_effect.items()},
-        relative_error={hook: found["relative_error"] for hook, found in plan.made.codec_effect.items()},
-        **moved._asdict(),
-    )

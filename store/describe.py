@@ -36,9 +36,9 @@ class Description:
     sources: dict[str, int]
     """documents by source, the most frequent first"""
     topics: int
-    """different topics"""
+    """different topics; a document may have none"""
     documents_by_topic: dict[str, int]
-    """the most frequent topic first"""
+    """the most frequent topic first; "-" for none"""
     d_model: int
     """length of an activation"""
     dtype: str
@@ -52,9 +52,9 @@ class Description:
     codec: str
     """how chunks are stored"""
     codec_ratio: dict[str, float]
-    """uncompressed bytes over stored ones, by hook, on a sample; empty for raw chunks"""
+    """uncompressed bytes over stored ones, by hook, on a sample; of the hooks that it was measured for"""
     codec_error: dict[str, float]
-    """squared error of the decoded rows over their variance, by hook, on a sample; empty for raw chunks"""
+    """squared error of the decoded rows over their variance, by hook, on a sample; likewise"""
     median_norm: dict[str, float]
     """median norm of an activation, by hook, train split"""
     outliers: dict[str, int]
@@ -89,6 +89,7 @@ def describe(
         store = ActivationStore.open(store)
     made = store.provenance
     statistics = {hook: store.statistics(hook) for hook in store.hooks}
+    topics = store.documents["topic"].to_pylist()
     return Description(
         path=store.url,
         id=store.id,
@@ -100,16 +101,16 @@ def describe(
         contexts=store.n_contexts,
         splits=dict(Counter(store.documents["split"].to_pylist()).most_common()),
         sources=dict(Counter(store.documents["source"].to_pylist()).most_common()),
-        topics=len(set(store.documents["topic"].to_pylist())),
-        documents_by_topic=dict(Counter(store.documents["topic"].to_pylist()).most_common()),
+        topics=len(set(topics) - {None}),
+        documents_by_topic=dict(Counter("-" if topic is None else topic for topic in topics).most_common()),
         d_model=made.d_model,
         dtype=made.dtype,
         precision=made.precision,
         chunks=-(-store.n_rows // made.rows_per_chunk),
         bytes=len(made.hooks) * hook_bytes(made, store.n_rows),
         codec=made.codec,
-        codec_ratio={hook: found["ratio"] for hook, found in made.codec_effect.items()},
-        codec_error={hook: found["relative_error"] for hook, found in made.codec_effect.items()},
+        codec_ratio=made.measured("ratio"),
+        codec_error=made.measured("relative_error"),
         norm_quantiles={hook: found.norm_quantiles for hook, found in statistics.items()},
         examples=() if decode is None else _examples(store, decode),
         median_norm={hook: found.norm_quantiles["0.5"] for hook, found in statistics.items()},

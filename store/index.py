@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tcsae.store.chunks import CHECKSUM_BYTES, MEND, map_file, map_raw
+from tcsae.store.chunks import CHECKSUM_BYTES, MEND, codec_of, map_file, map_raw
 from tcsae.store.errors import StoreCorrupt
 from tcsae.store.metadata import ROOT, Sizes, array_metadata, file_sha256, read_root, recorded_digests
 from tcsae.store.spec import (
@@ -37,6 +37,7 @@ def read_layout(store: Path, *, check_digests: bool = True) -> Layout:
     Raises `StoreCorrupt` naming the array and what is wrong with it.
     """
     attributes = read_root(store)
+    refuse_link(store, store / ROOT)
     made = Provenance.from_dict(attributes, str(store / ROOT))
     digests = recorded_digests(attributes, str(store / ROOT)) if check_digests else {}
     for altered in digest_problems(store, digests, (DOCUMENTS_FILE,)):
@@ -48,10 +49,15 @@ def read_layout(store: Path, *, check_digests: bool = True) -> Layout:
     if problem:
         raise StoreCorrupt(f"{store}: {problem}; copy the store again")
     documents = _documents(store, len(document_offsets) - 1)
+    for hook in made.hooks:
+        try:
+            codec_of(made, hook)
+        except StoreCorrupt as error:
+            raise StoreCorrupt(f"{store / ROOT}: {error}") from error
     for name, expected in array_metadata(
         made, Sizes(len(tokens), len(document_offsets) - 1, len(context_offsets) - 1)
     ).items():
-        _check_metadata(store / name, expected)
+        _check_metadata(store, name, expected)
     return Layout(tokens, document_offsets, context_offsets, documents)
 
 
@@ -68,10 +74,13 @@ def digest_problems(store: Path, digests: dict[str, str], names: Iterable[str]) 
 
 def _index(store: Path, name: str, dtype: str) -> npt.NDArray[Any]:
     header = store / name / ROOT
+    refuse_link(store, header)
     try:
         length = json.loads(header.read_bytes())["shape"][0]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise StoreCorrupt(f"{header}: cannot be read ({error}); {MEND}") from error
+    if type(length) is not int or length < 0:
+        raise StoreCorrupt(f"{header}: shape: expected a length, got {length!r}; {MEND}")
     path = store / name / "c" / "0"
     refuse_link(store, path)
     size = length * np.dtype(dtype).itemsize + CHECKSUM_BYTES
@@ -85,19 +94,30 @@ def _documents(store: Path, n_documents: int) -> pa.Table:
     refuse_link(store, path)
     try:
         documents = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreCorrupt(f"{path}: cannot be read ({error}); copy the store again") from error
-    lacking = [name for name in DOCUMENT_COLUMNS if name not in documents.column_names]
+        documents.validate(full=True)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise StoreCorrupt(f"{path}: cannot be read ({said}); copy the store again") from error
+    lacking = [name for name in DOCUMENT_COLUMNS if documents.column_names.count(name) != 1]
     if lacking or documents.num_rows != n_documents:
         raise StoreCorrupt(
             f"{path}: expected {n_documents} lines with {', '.join(DOCUMENT_COLUMNS)}, got "
             f"{documents.num_rows} with {', '.join(documents.column_names)}; copy the store again"
         )
+    for name in DOCUMENT_COLUMNS:
+        kind = documents.schema.field(name).type
+        if kind not in ((pa.int64(),) if name == "n_tokens" else (pa.string(), pa.large_string())):
+            wanted = "int64" if name == "n_tokens" else "string"
+            raise StoreCorrupt(f"{path}: {name}: expected {wanted}, got {kind}; copy the store again")
+        if name != "topic" and documents[name].null_count:
+            raise StoreCorrupt(f"{path}: {name}: expected a value in every line; copy the store again")
     return documents
 
 
-def _check_metadata(path: Path, expected: bytes) -> None:
+def _check_metadata(store: Path, name: str, expected: bytes) -> None:
     """Plain Zarr readers go by these files, so they must say what this reader assumes."""
+    path = store / name
+    refuse_link(store, path)
     try:
         same = json.loads(path.read_bytes()) == json.loads(expected)
     except (OSError, ValueError) as error:

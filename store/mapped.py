@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.store.cache import CachedStore
+from tcsae.store.cache import CachedStore, touch
 from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path, codec_of, map_chunk, map_raw, read_chunk
 from tcsae.store.errors import StoreCorrupt
 from tcsae.store.index import refuse_link
@@ -61,7 +61,9 @@ class HookChunks:
         self._n_rows = n_rows
         self._mapped: OrderedDict[int, Tensor] = OrderedDict()
         n_chunks = -(-n_rows // provenance.rows_per_chunk)
-        table, _ = map_raw(store / CHECKSUMS / hook / "c" / "0", 4 * n_chunks + CHECKSUM_BYTES)
+        checksums = store / CHECKSUMS / hook / "c" / "0"
+        refuse_link(store, checksums)
+        table, _ = map_raw(checksums, 4 * n_chunks + CHECKSUM_BYTES)
         self._checksums = table.view("<u4")
         codec_of(provenance, hook)  # refuses an unknown one now
         self._is_raw = provenance.codec == "raw"
@@ -89,13 +91,23 @@ class HookChunks:
             return self._mapped[chunk]
         path = chunk_path(self._store, self._hook, chunk)
         if self._is_raw and _identity(path) == tuple(self._verified[chunk].tolist()):
-            rows = map_chunk(path, self._made)
+            rows = self._map(chunk, path)
         else:
             rows = self._read(chunk, path)
         rows = rows[: self._n_rows - chunk * self._made.rows_per_chunk]
         self._mapped[chunk] = rows
         if len(self._mapped) > self._most:
             self._mapped.popitem(last=False)
+        return rows
+
+    def _map(self, chunk: int, path: Path) -> Tensor:
+        """Rows of a chunk that was verified before, and read again if it has just been removed to make room."""
+        try:
+            rows = map_chunk(path, self._made)
+        except StoreCorrupt:
+            return self._read(chunk, path)
+        if self._cached is not None:
+            touch(path)
         return rows
 
     def _read(self, chunk: int, path: Path) -> Tensor:

@@ -188,18 +188,29 @@ def read_root(store: Path) -> dict[str, Any]:
     path = store / ROOT
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
-            raise StoreCorrupt(
-                f"{path}: {path.stat().st_size} bytes; a store's header is below {MAX_HEADER_BYTES}"
-            )
-        attributes = json.loads(path.read_bytes())["attributes"]
-        name, version = attributes.get("format"), attributes.get("format_version")
+            raise _too_large(str(path), path.stat().st_size)
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         hint = "no finished plan there" if store.exists() else "no such folder"
         raise StoreNotFound(
             f"{store}: not an activation store ({hint}); make one with `tcsae harvest`"
         ) from None
+    return checked_root(content, store)
+
+
+def checked_root(content: bytes, store: str | Path) -> dict[str, Any]:
+    """The attributes in ``content``, the root group's file of the store at ``store``, a folder or a URL.
+
+    Raises `StoreNotFound` and `StoreCorrupt` as `read_root` does.
+    """
+    where = f"{store}/{ROOT}"
+    if len(content) > MAX_HEADER_BYTES:
+        raise _too_large(where, len(content))
+    try:
+        attributes = json.loads(content)["attributes"]
+        name, version = attributes.get("format"), attributes.get("format_version")
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise StoreCorrupt(f"{path}: not a Zarr v3 group ({error}); copy the store again") from error
+        raise StoreCorrupt(f"{where}: not a Zarr v3 group ({error}); copy the store again") from error
     if name != FORMAT:
         raise StoreNotFound(
             f"{store}: format: expected {FORMAT!r}, got {name!r}; not written by tcsae harvest"
@@ -207,3 +218,7 @@ def read_root(store: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise StoreCorrupt(f"{store}: format {version}, this tcsae reads {FORMAT_VERSION}; upgrade tcsae")
     return dict(attributes)
+
+
+def _too_large(where: str, n_bytes: int) -> StoreCorrupt:
+    return StoreCorrupt(f"{where}: {n_bytes} bytes; a store's header is below {MAX_HEADER_BYTES}")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tcsae.store.atomic import PARTIAL, exclusive, remove_partials, write_atomically
+from tcsae.store.atomic import PARTIAL, exclusive, remove_partials, sync_folders, write_atomically
 from tcsae.store.claim import Check, claimed
 from tcsae.store.errors import StoreBusy, StoreCorrupt, StoreExists
 from tcsae.store.remote import RemoteFolder, Transfer, is_url, local_path
@@ -51,6 +51,10 @@ class LocalEnd:
         """Delete what a killed copy has left half-written; for a writer that holds the folder."""
         remove_partials(self.path)
 
+    def settle(self) -> None:
+        """Make what was written outlive a loss of power: the folders' entries, as each file is synced already."""
+        sync_folders(self.path)
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteEnd:
@@ -81,6 +85,9 @@ class RemoteEnd:
 
     def tidy(self) -> None:
         """Nothing: objects are whole or absent."""
+
+    def settle(self) -> None:
+        """Nothing: an object that was put is there."""
 
 
 End = LocalEnd | RemoteEnd

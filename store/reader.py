@@ -55,10 +55,10 @@ class ActivationStore:
         where = str(path / ROOT)
         self.provenance = Provenance.from_dict(attributes, where)
         self.id: str = attributes["id"]
-        self._statistics = {
-            hook: HookStatistics.from_dict(values, where) for hook, values in attributes["statistics"].items()
-        }
         layout = read_layout(path)
+        self._statistics = {
+            hook: HookStatistics.from_attributes(attributes, hook, self.d_model, where) for hook in self.hooks
+        }
         self.tokens = layout.tokens
         self.document_offsets = layout.document_offsets
         self.context_offsets = layout.context_offsets
@@ -110,6 +110,8 @@ class ActivationStore:
         lacking = [name for name in ("id", "statistics") if name not in attributes]
         if lacking:
             raise StoreCorrupt(f"{path / ROOT}: attributes lack {', '.join(lacking)}; copy the store again")
+        if not isinstance(attributes["id"], str):
+            raise StoreCorrupt(f"{path / ROOT}: id: expected 16 hex digits; copy the store again")
         return cls(path, attributes, cached)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -66,29 +66,25 @@ def plan_recoding(source: ActivationStore, part: Part | None, codec: str) -> Rec
 
 
 def write_recoded(plan: Recoding, path: Path, *, resume: bool, advice: str = "") -> None:
-    """Write the planned store to the folder ``path``; with ``resume``, what is missing of it.
+    """Write the planned store to the folder ``path``; with ``resume``, what is missing or damaged of it.
 
     ``advice`` is what to do, besides freeing space, if it does not fit. Raises as `StoreWriter` does, and
     `DiskFull` with the numbers before the first byte if there is too little space.
     """
     going_on = resume and (path / ROOT).exists()
-    if going_on and read_root(path).get("complete"):
-        needed = 0
-    else:
-        needed = store_bytes(plan.made, plan.layout) - folder_bytes(path)[0]
-    if needed > free_bytes(path):
-        raise DiskFull(
-            f"{path}: expected {needed:,} bytes free for {plan.layout.n_rows:,} rows of {len(plan.made.hooks)} "
-            f"hooks as {plan.made.codec}, got {free_bytes(path):,}; free some space{advice}, or copy fewer documents"
-        )
+    in_all = store_bytes(plan.made, plan.layout)
+    if not (going_on and read_root(path).get("complete")):
+        _check_space(plan, path, in_all - folder_bytes(path)[0], advice)
     opened = (
         StoreWriter.resume(path, plan.made) if going_on else StoreWriter.create(path, plan.layout, plan.made)
     )
     with opened as writer:
-        if writer.complete:
-            return
         # chunks whose root group is not complete have no table to be compared with: each must be whole by itself
         missing = writer.missing()
+        if writer.complete:
+            if not missing:
+                return
+            _check_space(plan, path, in_all * len(missing) // writer.n_chunks, advice)
         with progress(writer.n_chunks, "chunk", f"write {path.name}", writer.n_chunks - len(missing)) as bar:
             for chunk in missing:
                 start, stop = (plan.begin + row for row in writer.rows_of(chunk))
@@ -96,6 +92,14 @@ def write_recoded(plan: Recoding, path: Path, *, resume: bool, advice: str = "")
                     writer.write(hook, chunk, plan.source.rows(start, stop, hook))
                 bar.update()
         writer.finish()
+
+
+def _check_space(plan: Recoding, path: Path, needed: int, advice: str) -> None:
+    if needed > free_bytes(path):
+        raise DiskFull(
+            f"{path}: expected {needed:,} bytes free for {plan.layout.n_rows:,} rows of {len(plan.made.hooks)} "
+            f"hooks as {plan.made.codec}, got {free_bytes(path):,}; free some space{advice}, or copy fewer documents"
+        )
 
 
 @contextmanager
@@ -124,7 +128,8 @@ def _provenance_of(
             continue
         if codec == old.codec:  # rows that were decoded are encoded again as what they came from
             fitted[hook] = old.codec_configuration.get(hook, {})
-            effect[hook] = old.codec_effect.get(hook, {})
+            if hook in old.codec_effect:
+                effect[hook] = old.codec_effect[hook]
             continue
         sample = _sample(store, hook)
         fitted[hook] = fit(codec, sample, old.dtype)

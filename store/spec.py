@@ -16,6 +16,7 @@ Axis names used in the annotations of every package:
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -58,6 +59,9 @@ TEST_SHARE = 0.1
 
 OUTLIER_FACTOR = 10.0
 """A row is an outlier if its norm exceeds this multiple of the train split's median norm."""
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
+"""Quantiles of the norms that a store's statistics hold."""
 
 PLAIN: dict[str, Any] = {"codec": "raw", "codec_configuration": {}, "codec_effect": {}, "derived_from": None}
 """Attributes that a store may leave out, and what it is then."""
@@ -142,6 +146,10 @@ class Provenance:
             if not hook or "/" in hook or hook.startswith("."):
                 raise ConfigError(f"hooks: {hook!r} cannot name an array")
 
+    def measured(self, name: str) -> dict[str, float]:
+        """``ratio`` or ``relative_error`` of the codec by hook, of the hooks that have it."""
+        return {hook: found[name] for hook, found in self.codec_effect.items() if name in found}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form; tuples become lists. Fields that say that a store is a plain harvest are left out.
 
@@ -166,12 +174,55 @@ class Provenance:
         if missing:
             raise StoreCorrupt(f"{where}: attributes lack {', '.join(missing)}; copy the store again")
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        if problem := _type_problem(known):
+            raise StoreCorrupt(f"{where}: {problem}; copy the store again")
         known["hooks"] = tuple(known["hooks"])
         known["special_token_ids"] = tuple(known["special_token_ids"])
         try:
             return cls(**known)
         except (ConfigError, TypeError) as error:
             raise StoreCorrupt(f"{where}: {error}") from error
+
+
+JSON_TYPES: dict[type, tuple[str, ...]] = {
+    str: (
+        *("model", "model_revision", "model_sha256", "tokenizer_sha256", "dtype", "precision"),
+        *("corpus", "corpus_sha256", "created", "codec"),
+    ),
+    int: ("d_model", "context_length", "bos_token_id", "vocab_size", "rows_per_chunk", "max_tokens"),
+    list: ("hooks", "special_token_ids"),
+    dict: ("versions", "codec_configuration", "codec_effect", "derived_from"),
+}
+"""What each field of a `Provenance` is in JSON."""
+
+NULLABLE = ("bos_token_id", "max_tokens", "derived_from")
+"""fields that may be null instead"""
+
+PARTS = {"hooks": str, "special_token_ids": int, "codec_configuration": dict, "codec_effect": dict}
+"""what the entries of a list or the values of an object are"""
+
+
+def _type_problem(values: dict[str, Any]) -> str | None:
+    """What is wrong with the types of a provenance's fields, or None; exact, for true is no number in JSON."""
+    for kind, names in JSON_TYPES.items():
+        for name in names:
+            if name not in values or (values[name] is None and name in NULLABLE):
+                continue
+            found = values[name]
+            if type(found) is not kind:
+                return f"{name}: expected {kind.__name__}, got {type(found).__name__}"
+            if name in PARTS:
+                for one in values[name] if kind is list else values[name].values():
+                    if type(one) is not PARTS[name]:
+                        return f"{name}: expected {PARTS[name].__name__} for each, got {type(one).__name__}"
+    for hook, effect in values.get("codec_effect", {}).items():
+        if not all(map(_is_finite, effect.values())):
+            return f"codec_effect: {hook}: expected finite numbers"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -252,7 +303,7 @@ class HookStatistics:
     mean_square_norm: float
     """mean of ||x - mean||^2, outliers left out; the scaler makes it d_model"""
     norm_quantiles: dict[str, float]
-    """quantiles of ||x||, outliers included, exact to 0.3 %; keys such as "0.5" """
+    """`QUANTILES` of ||x||, outliers included, exact to 0.3 %; keys such as "0.5" """
     outlier_norm: float
     """rows with a larger norm are outliers: `OUTLIER_FACTOR` times the median"""
     n_outliers: int
@@ -266,11 +317,36 @@ class HookStatistics:
         return {**values, "mean": self.mean.tolist()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str) -> HookStatistics:
-        """Read back what `to_dict` wrote; raises `StoreCorrupt` naming ``where``."""
-        try:
-            return cls(**{**values, "mean": np.array(values["mean"], dtype=np.float64)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreCorrupt(
-                f"{where}: statistics cannot be read ({error}); copy the store again"
-            ) from error
+    def from_attributes(
+        cls, attributes: dict[str, Any], hook: str, d_model: int, where: str
+    ) -> HookStatistics:
+        """Read back what `to_dict` wrote for ``hook`` from a group's attributes.
+
+        Raises `StoreCorrupt` naming the file ``where`` if it is not there or has values that no writer writes.
+        """
+        by_hook = attributes.get("statistics")
+        values: Any = by_hook.get(hook) if isinstance(by_hook, dict) else None
+        if problem := _statistics_problem(values, d_model):
+            raise StoreCorrupt(f"{where}: statistics of {hook}: {problem}; copy the store again")
+        return cls(**{**values, "mean": np.array(values["mean"], dtype=np.float64)})
+
+
+def _statistics_problem(values: Any, d_model: int) -> str | None:
+    """What is wrong with a hook's statistics in JSON form, or None."""
+    if not isinstance(values, dict):
+        return "missing" if values is None else f"expected dict, got {type(values).__name__}"
+    names = [f.name for f in fields(HookStatistics)]
+    if set(values) != set(names):
+        return f"expected {', '.join(names)}, got {', '.join(values) or 'none'}"
+    mean, quantiles = values["mean"], values["norm_quantiles"]
+    if not isinstance(mean, list) or len(mean) != d_model or not all(map(_is_finite, mean)):
+        return f"mean: expected a list of {d_model} finite numbers"
+    if not isinstance(quantiles, dict) or not all(_is_finite(quantiles.get(str(q))) for q in QUANTILES):
+        return f"norm_quantiles: expected finite numbers for {', '.join(map(str, QUANTILES))}"
+    for name in ("mean_square_norm", "outlier_norm"):
+        if not _is_finite(values[name]):
+            return f"{name}: expected a finite number"
+    for name in ("n_outliers", "n_rows"):
+        if type(values[name]) is not int or not 0 <= values[name] < 2**63:
+            return f"{name}: expected a count"
+    return None

@@ -22,9 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tcsae.store.chunks import read_chunk
-from tcsae.store.spec import OUTLIER_FACTOR, HookStatistics, Layout, Provenance
-
-QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
+from tcsae.store.spec import OUTLIER_FACTOR, QUANTILES, HookStatistics, Layout, Provenance
 
 BINS_PER_OCTAVE = 256
 """a bin is 0.27 % wide"""

@@ -22,7 +22,7 @@ from tcsae.store.errors import (
     StoreMismatch,
     StoreNotFound,
 )
-from tcsae.store.metadata import ROOT, read_root, recorded_digests
+from tcsae.store.metadata import ROOT, checked_root, read_root, recorded_digests
 from tcsae.store.places import End, LocalEnd, Place
 from tcsae.store.progress import progress
 from tcsae.store.spec import CHECKSUMS, Provenance
@@ -63,14 +63,13 @@ def open_source(place: Place, end: End) -> Source:
         read_root(end.path)  # says what is wrong better than the lines below
     try:
         root = end.read(ROOT)
-        attributes = json.loads(root)["attributes"]
-        complete = attributes.get("complete")
     except FileNotFoundError:
         raise StoreNotFound(f"{place}: not an activation store (nothing there); check the address") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise StoreCorrupt(f"{place}/{ROOT}: not a Zarr v3 group ({error}); copy the store again") from error
-    if not complete:
+    attributes = checked_root(root, place)
+    if not attributes.get("complete"):
         raise StoreIncomplete(f"{place}: not finished; run the `tcsae harvest` or `store copy` with --resume")
+    if not isinstance(attributes.get("id"), str):
+        raise StoreCorrupt(f"{place}/{ROOT}: attributes lack id; copy the store again")
     return Source(place, end, root, attributes, Provenance.from_dict(attributes, f"{place}/{ROOT}"))
 
 
@@ -101,6 +100,7 @@ def copy_files(source: Source, target: End, dst: Place, *, resume: bool) -> Move
         _begin(target, source, dst, resume=resume)
         done = list(_in_threads(copy, [*table_files(made), *expected], f"copy to {dst}"))
         check(True)
+        target.settle()
         _written(target, dst, ROOT, source.root)
     return Moved(
         files=len(done) + 1,

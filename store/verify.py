@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import torch
 
 from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path, map_raw, read_chunk
 from tcsae.store.errors import ConfigError, StoreError
-from tcsae.store.index import digest_problems, read_layout
+from tcsae.store.index import digest_problems, read_layout, refuse_link
+from tcsae.store.interrupt import interruptible
 from tcsae.store.metadata import DIGESTED, ROOT, Sizes, read_root, recorded_digests, store_id
 from tcsae.store.parallel import map_tasks
 from tcsae.store.progress import progress
@@ -58,10 +60,10 @@ class _ChunkTask:
 def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) -> Verification:
     """Read every byte of the store at ``path`` and compare it with what the store says about itself.
 
-    Checked are the group's attributes and every array's metadata; the tables' SHA-256; the offsets; the range of
-    token ids; the documents' table (unique ids, token counts, splits); every chunk's size, CRC-32C, place, padding
-    and NaN or infinite values; the statistics in the attributes, recomputed. All problems are collected, none is
-    raised, but for a folder that is no store at all.
+    Checked are links, of which there may be none; the group's attributes and every array's metadata; the tables'
+    SHA-256; the offsets; the range of token ids; the documents' table (types, unique ids, token counts, splits);
+    every chunk's size, CRC-32C, place, padding and NaN or infinite values; the statistics in the attributes,
+    recomputed. All problems are collected, none is raised, but for a folder that is no store at all.
 
     Parameters
     ----------
@@ -76,13 +78,20 @@ def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) 
         there is no store at ``path``
     ConfigError
         ``path`` is a URL
+    Interrupted
+        Ctrl-C or SIGTERM
     """
     if is_url(path):
         raise ConfigError(
             f"{path}: a store is verified on this machine; copy it here first with `tcsae store copy`, which checks "
             "every file on the way"
         )
-    path = local_path(path)
+    path = local_path(path).absolute()  # a scheduler's workers may have been started in another folder
+    with interruptible(f"{path}: interrupted; nothing was changed, run the same command again"):
+        return _verify(path, workers, scheduler)
+
+
+def _verify(path: Path, workers: int, scheduler: str | None) -> Verification:
     attributes = read_root(path)
     try:
         made = Provenance.from_dict(attributes, str(path / ROOT))
@@ -91,6 +100,7 @@ def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) 
     except StoreError as error:
         return Verification(path=str(path), chunks=0, rows=0, problems=(str(error),))
     problems = [] if attributes.get("complete") else [f"{path}: the harvest has not finished"]
+    problems += _link_problems(path)
     problems += digest_problems(path, digests, DIGESTED)
     problems += _table_problems(path, made, layout)
     sizes = Sizes(layout.n_rows, layout.n_documents, layout.n_contexts)
@@ -98,9 +108,9 @@ def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) 
     tables = []
     for hook in made.hooks:
         try:
-            table, _ = map_raw(
-                path / CHECKSUMS / hook / "c" / "0", 4 * sizes.chunks(made.rows_per_chunk) + CHECKSUM_BYTES
-            )
+            checksums = path / CHECKSUMS / hook / "c" / "0"
+            refuse_link(path, checksums)
+            table, _ = map_raw(checksums, 4 * sizes.chunks(made.rows_per_chunk) + CHECKSUM_BYTES)
         except StoreError as error:
             problems.append(str(error))
             continue
@@ -120,7 +130,7 @@ def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) 
         if not bad[hook] and any(task.hook == hook for task in tasks):
             problems += _statistics_problems(path, made, layout, hook, attributes)
     return Verification(
-        path=str(path), chunks=len(tasks), rows=layout.n_rows, problems=tuple(sorted(problems))
+        path=str(path), chunks=len(tasks), rows=layout.n_rows, problems=tuple(sorted(set(problems)))
     )
 
 
@@ -129,6 +139,7 @@ def chunk_problems(task: _ChunkTask) -> list[str]:
     path = chunk_path(task.store, task.hook, task.chunk)
     made = Provenance.from_dict(read_root(task.store), str(task.store))
     try:
+        refuse_link(task.store, path)
         rows = read_chunk(task.store, made, task.hook, task.chunk, checksum=task.checksum)
     except StoreError as error:
         return [str(error)]
@@ -140,6 +151,13 @@ def chunk_problems(task: _ChunkTask) -> list[str]:
     if made.codec != "uniform" and rows[task.n_rows :].any():
         problems.append(f"{path}: the padding after the last row is not zero")
     return problems
+
+
+def _link_problems(path: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(path):
+        for entry in (Path(folder, name) for name in (*folders, *files)):
+            if entry.is_symlink():
+                yield f"{entry}: is a link out of its place; a store has plain files only"
 
 
 def _table_problems(path: Path, made: Provenance, layout: Layout) -> Iterator[str]:
@@ -168,12 +186,8 @@ def _statistics_problems(
     path: Path, made: Provenance, layout: Layout, hook: str, attributes: dict[str, Any]
 ) -> Iterator[str]:
     where = f"{path / ROOT}: statistics of {hook}"
-    stored = attributes.get("statistics", {}).get(hook)
-    if stored is None:
-        yield f"{where}: missing"
-        return
     try:
-        claimed = HookStatistics.from_dict(stored, where)
+        claimed = HookStatistics.from_attributes(attributes, hook, made.d_model, str(path / ROOT))
     except StoreError as error:
         yield str(error)
         return
@@ -184,9 +198,9 @@ def _statistics_problems(
         ("outlier_norm", claimed.outlier_norm, found.outlier_norm),
         ("n_outliers", claimed.n_outliers, found.n_outliers),
         ("n_rows", claimed.n_rows, found.n_rows),
-        *((f"norm quantile {q}", claimed.norm_quantiles.get(q), v) for q, v in found.norm_quantiles.items()),
+        *((f"norm quantile {q}", claimed.norm_quantiles[q], v) for q, v in found.norm_quantiles.items()),
     ):
-        if one is None or not np.isclose(one, other, rtol=STATISTICS_TOLERANCE):
+        if not np.isclose(one, other, rtol=STATISTICS_TOLERANCE):
             yield f"{where}: {name}: {one} in the attributes, {other} from the rows"
     if not same:
         yield f"{where}: mean: differs from the rows'"

@@ -6,6 +6,7 @@ computed again by anyone, and no two writers ever touch one file.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -28,6 +30,7 @@ from tcsae.store.atomic import (
     write_atomically,
 )
 from tcsae.store.chunks import (
+    CHECKSUM_BYTES,
     chunk_bytes,
     chunk_path,
     codec_of,
@@ -105,14 +108,9 @@ class StoreWriter:
         StoreBusy
             another process is writing there
         """
-        if (path / ROOT).exists():
-            state = (
-                "a finished store" if read_root(path).get("complete") else "an unfinished store: add --resume"
-            )
-            raise StoreExists(f"{path}: already holds {state}; choose another path or delete it")
-        if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _planned_names(path)):
-            raise StoreExists(f"{path}: exists and is not a store; choose another path")
+        _refuse_existing(path)
         with _locked(path):
+            _refuse_existing(path)  # another writer may have come and gone before the lock was taken
             writer = cls(path, layout, provenance)
             writer._write_plan({} if first_batch_sha256 is None else {FIRST_BATCH: first_batch_sha256})
             with writer._settling_behind():
@@ -158,11 +156,19 @@ class StoreWriter:
     def missing(self) -> list[int]:
         """Chunks that some hook lacks or whose file fails its checksum, in order; reads every chunk once.
 
-        Raises `DiskFull` as `wait` does.
+        Once the store is complete, a file is also compared with the hook's table of checksums, which tells a
+        chunk that lies in another's place. Raises `DiskFull` as `wait` does.
         """
         self.wait()
-        hooks = self.provenance.hooks
-        return [c for c in range(self.n_chunks) if not all(self._is_good(hook, c) for hook in hooks)]
+        tables = {hook: self._checksums(hook) for hook in self.provenance.hooks}
+        return [
+            chunk
+            for chunk in range(self.n_chunks)
+            if not all(
+                self._is_good(hook, chunk, None if table is None else int(table[chunk]))
+                for hook, table in tables.items()
+            )
+        ]
 
     def write(self, hook: str, chunk: int, rows: Float[Tensor, "row d_model"]) -> None:
         """Check ``rows``, cast them to the store's dtype and write them as one chunk file.
@@ -211,7 +217,6 @@ class StoreWriter:
         """
         self.wait()
         tables = {}
-        sync_folders(self.path / ACTIVATIONS)
         for hook in self.provenance.hooks:
             paths = [chunk_path(self.path, hook, chunk) for chunk in range(self.n_chunks)]
             tables[hook] = np.array([self._verified(path) for path in paths], dtype="<u4")
@@ -224,6 +229,7 @@ class StoreWriter:
         begun = {TABLE_DIGESTS: table_digests(self.path)} | read_root(self.path)
         planned = {name: begun[name] for name in PLANNED_ATTRIBUTES if name in begun}
         attributes = {**planned, "statistics": found, "id": identity, "complete": True}
+        sync_folders(self.path)  # of every chunk and table, before the root group says that they are there
         write_atomically(self.path / ROOT, root_metadata(self.provenance, **attributes))
 
     @contextmanager
@@ -234,6 +240,9 @@ class StoreWriter:
 
     def _write_plan(self, attributes: dict[str, str]) -> None:
         remove_partials(self.path)
+        for name in (ACTIVATIONS, CHECKSUMS):
+            # chunks under no plan are of a store that was deleted in part, and no one knows of which model
+            _remove(self.path / name)
         for name, content in array_metadata(self.provenance, self.sizes).items():
             write_atomically(self.path / name, content, sync_folder=False)
         for name, values in (
@@ -249,17 +258,27 @@ class StoreWriter:
         planned = {TABLE_DIGESTS: table_digests(self.path), **attributes}
         write_atomically(self.path / ROOT, root_metadata(self.provenance, **planned, complete=False))
 
-    def _is_good(self, hook: str, chunk: int) -> bool:
+    def _checksums(self, hook: str) -> npt.NDArray[np.uint32] | None:
+        """The table of a finished store; None if it has none that is whole, as an unfinished one."""
+        if not self.complete:
+            return None
         try:
-            self._verified(chunk_path(self.path, hook, chunk))
+            table, _ = map_raw(self.path / CHECKSUMS / hook / "c" / "0", 4 * self.n_chunks + CHECKSUM_BYTES)
+        except StoreCorrupt:
+            return None
+        return table.view("<u4")
+
+    def _is_good(self, hook: str, chunk: int, checksum: int | None) -> bool:
+        try:
+            self._verified(chunk_path(self.path, hook, chunk), checksum)
         except StoreCorrupt:
             return False
         return True
 
-    def _verified(self, path: Path) -> int:
+    def _verified(self, path: Path, checksum: int | None = None) -> int:
         made = self.provenance
         size = chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype) if made.codec == "raw" else None
-        return map_raw(path, size)[1]
+        return map_raw(path, size, checksum=checksum)[1]
 
     def _codec(self, hook: str) -> Codec | None:
         return None if self.provenance.codec == "raw" else codec_of(self.provenance, hook)
@@ -296,6 +315,21 @@ def differences(begun: Provenance, asked: Provenance) -> list[str]:
         for name in {**old, **new}
         if name != "created" and old[name] != new[name]
     ]
+
+
+def _refuse_existing(path: Path) -> None:
+    if (path / ROOT).exists():
+        state = "a finished store" if read_root(path).get("complete") else "an unfinished store: add --resume"
+        raise StoreExists(f"{path}: already holds {state}; choose another path or delete it")
+    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _planned_names(path)):
+        raise StoreExists(f"{path}: exists and is not a store; choose another path")
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
 
 
 def _planned_names(path: Path) -> set[str]:

@@ -51,6 +51,12 @@ def test_a_tokenizer_in_the_hubs_cache_is_found(
             {"model": "/another/machine/model"}, "not on this machine", id="another machine's folder"
         ),
         pytest.param({"model": "smollm2"}, "not on this machine", id="a packaged model not yet used"),
+        pytest.param({"model": "~nobody-of-that-name/m"}, "not on this machine", id="an unknown user's home"),
+        pytest.param({"model": "m" * 5000}, "not on this machine", id="a name too long for a path"),
+        pytest.param(
+            {"model": "a/b", "model_revision": "r" * 5000}, "not on this machine", id="a long revision"
+        ),
+        pytest.param({"model": "a\0b"}, "not on this machine", id="a name with a null"),
         pytest.param({"tokenizer_sha256": "0" * 64}, "another tokenizer than the store's", id="another one"),
     ],
 )
@@ -61,6 +67,13 @@ def test_no_text_is_made_up(
     with pytest.raises(ModelNotFound, match=message) as caught:
         decoded(replace(reference.provenance, **changes), [1, 2])
     assert "\n" not in str(caught.value)
+
+
+def test_ids_that_no_token_has_are_left_out(reference: ActivationStore) -> None:
+    ids = reference.tokens[:8].tolist()
+    assert decoded(reference.provenance, [-1, *ids, -(2**31), 2**31 - 1]) == decoded(
+        reference.provenance, ids
+    )
 
 
 def test_info_and_card_show_beginnings_and_say_why_not(reference: ActivationStore, tmp_path: Path) -> None:

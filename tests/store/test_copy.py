@@ -15,15 +15,19 @@ from tcsae.store.copy import copy_store
 from tcsae.store.errors import (
     ConfigError,
     DiskFull,
+    Interrupted,
     StoreCorrupt,
     StoreExists,
     StoreIncomplete,
     StoreMismatch,
+    StoreNotFound,
     UnknownName,
 )
 from tcsae.store.places import LocalEnd
+from tcsae.store.recode import plan_recoding
 from tcsae.store.space import store_bytes
 from tcsae.store.verify import verify
+from tcsae.tests.store.damage import edit_root, flip, swap
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 
@@ -101,7 +105,7 @@ def test_a_copy_that_was_stopped_goes_on_where_it_was(store, tmp_path, monkeypat
     write = LocalEnd.write
     monkeypatch.setattr("tcsae.store.transfer.THREADS", 1)
     monkeypatch.setattr(LocalEnd, "write", stop_after_five)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match=r"copy: interrupted; what is copied is kept, .* --resume"):
         copy_store(store.path, tmp_path / "copy")
     monkeypatch.undo()
     with pytest.raises(StoreIncomplete):
@@ -111,6 +115,75 @@ def test_a_copy_that_was_stopped_goes_on_where_it_was(store, tmp_path, monkeypat
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert copy_store(store.path, tmp_path / "copy", resume=True).kept == 4
     assert contents(tmp_path / "copy") == contents(store.path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: flip(path / "activations" / HOOKS[1] / "c" / "2" / "0", 99), swap]
+)
+def test_a_finished_compressed_copy_is_checked_and_mended(store, tmp_path, damage):
+    copy_store(store.path, tmp_path / "copy", codec="uniform")
+    good = contents(tmp_path / "copy")
+    damage(tmp_path / "copy")
+    assert contents(tmp_path / "copy") != good
+    copy_store(store.path, tmp_path / "copy", codec="uniform", resume=True)
+    assert contents(tmp_path / "copy") == good
+
+
+def test_mending_needs_the_space_of_what_is_missing_only(store, tmp_path, monkeypatch):
+    copied = copy_store(store.path, tmp_path / "copy", codec="int8")
+    monkeypatch.setattr("tcsae.store.recode.free_bytes", lambda path: 0)
+    copy_store(store.path, tmp_path / "copy", codec="int8", resume=True)
+    (tmp_path / "copy" / "activations" / HOOKS[1] / "c" / "2" / "0").unlink()
+    with pytest.raises(DiskFull, match="expected [0-9,]+ bytes free") as caught:
+        copy_store(store.path, tmp_path / "copy", codec="int8", resume=True)
+    needed = int(str(caught.value).split("expected ")[1].split(" ")[0].replace(",", ""))
+    monkeypatch.setattr("tcsae.store.recode.free_bytes", lambda path: needed)
+    assert copy_store(store.path, tmp_path / "copy", codec="int8", resume=True).id == copied.id
+    # one of four chunks, and as much of the margin of 2^20 bytes for tables
+    layout = plan_recoding(store, None, "raw").layout
+    assert needed < store_bytes(store.provenance, layout) // 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        pytest.param(
+            {"format": "other"}, StoreNotFound, "format: expected .*, got 'other'", id="another format"
+        ),
+        pytest.param({"format_version": 9}, StoreCorrupt, "format 9, this tcsae reads", id="a newer one"),
+        pytest.param({"id": None}, StoreCorrupt, "attributes lack id", id="no id"),
+    ],
+)
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["folder", "URL"])
+def test_a_source_of_another_format_is_refused_wherever_it_is(
+    store, tmp_path, changes, error, message, elsewhere
+):
+    source = "memory://odd/store.zarr" if elsewhere else store.path
+    edit_root(store.path, **changes)
+    if elsewhere:
+        memory = fsspec.filesystem("memory")
+        memory.pipe_file("/odd/store.zarr/zarr.json", (store.path / "zarr.json").read_bytes())
+    try:
+        with pytest.raises(error, match=message) as caught:
+            copy_store(source, tmp_path / "copy")
+    finally:
+        if elsewhere:
+            memory.rm("/odd", recursive=True)
+    assert str(source) in str(caught.value)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_the_folders_of_a_copy_are_synced_before_it_is_complete(store, tmp_path, monkeypatch):
+    steps, write = [], LocalEnd.write
+
+    def note(self, name, content):
+        steps.append(name)
+        write(self, name, content)
+
+    monkeypatch.setattr(LocalEnd, "write", note)
+    monkeypatch.setattr("tcsae.store.places.sync_folders", lambda path: steps.append(path))
+    copy_store(store.path, tmp_path / "copy")
+    assert steps[-2:] == [tmp_path / "copy", "zarr.json"]
 
 
 def test_a_damaged_source_is_named_and_nothing_is_complete(store, tmp_path):
@@ -180,8 +253,6 @@ def test_a_recoded_copy_that_does_not_fit_is_refused_with_the_numbers(store, tmp
 
 
 def test_a_compressed_copy_needs_as_much_as_it_measured(store):
-    from tcsae.store.recode import plan_recoding
-
     raw, small = (plan_recoding(store, None, codec) for codec in ("raw", "int8"))
     ratio = min(small.made.codec_effect[hook]["ratio"] for hook in HOOKS)
     chunks = 2 * 4 * (300 * 16 * 2 + 4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from tcsae.store import ActivationStore
+from tcsae.store.chunks import map_chunk, read_chunk
 from tcsae.store.claim import CLAIM, STALE_SECONDS, claimed
 from tcsae.store.copy import copy_store
 from tcsae.store.errors import ConfigError, RemoteError, StoreBusy, StoreCorrupt, StoreNotFound
@@ -127,6 +129,60 @@ def test_the_cache_keeps_below_its_limit_and_lets_the_oldest_go(store, serve, ca
     assert "0" not in left
     assert "3" in left
     assert torch.equal(ActivationStore.open(opened.url).rows(0, 1000), store.rows(0, 1000))
+
+
+@pytest.fixture
+def few_resident(monkeypatch):
+    """Maps are given up at every second chunk."""
+    monkeypatch.setattr("tcsae.store.mapped.RESIDENT_BYTES", 9600)
+
+
+def test_readers_that_share_a_cache_verify_each_chunk_once_each(store, serve, few_resident, monkeypatch):
+    url = f"{serve().url}/store.zarr"
+    one, other, expected = ActivationStore.open(url), ActivationStore.open(url), store.rows(0, 1000)
+    verified = []
+
+    def note(folder, made, hook, chunk, **more):
+        verified.append(chunk)
+        return read_chunk(folder, made, hook, chunk, **more)
+
+    monkeypatch.setattr("tcsae.store.mapped.read_chunk", note)
+    for _ in range(3):
+        for start in range(0, 1000, 100):
+            for reader in (one, other):
+                assert torch.equal(reader.rows(start, start + 100), expected[start : start + 100])
+    assert sorted(verified) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_chunk_that_is_removed_just_before_it_is_mapped_again_is_fetched_again(
+    store, serve, few_resident, monkeypatch
+):
+    opened = ActivationStore.open(f"{serve().url}/store.zarr")
+    for start in range(0, 1000, 100):
+        opened.rows(start, start + 100)
+    removed = []
+
+    def remove_first(path, made):
+        path.unlink()
+        removed.append(path)
+        return map_chunk(path, made)
+
+    monkeypatch.setattr("tcsae.store.mapped.map_chunk", remove_first)
+    assert torch.equal(opened.rows(0, 100), store.rows(0, 100))
+    assert len(removed) == 1
+
+
+def test_a_chunk_that_is_mapped_again_counts_as_used(store, serve, cache, few_resident):
+    opened = ActivationStore.open(f"{serve().url}/store.zarr")
+    for start in range(0, 1000, 100):
+        opened.rows(start, start + 100)
+    first = chunks_in(cache)[0]
+    changed = first.stat().st_mtime_ns
+    later = changed + 3600 * 10**9  # a time that the kernel, which notes some reads by itself, leaves as it is
+    os.utime(first, ns=(later, changed))
+    opened.rows(0, 100)
+    assert changed < first.stat().st_atime_ns < later
+    assert first.stat().st_mtime_ns == changed
 
 
 def test_nothing_at_the_address(serve):
@@ -274,9 +330,7 @@ def test_a_claim_that_a_killed_writer_left_is_taken_over_when_it_is_stale(store,
     assert ActivationStore.open(url).id == store.id
 
 
-def test_a_writer_that_was_taken_over_stops_before_it_completes_the_copy(
-    store, s3, monkeypatch, quick_claims
-):
+def test_a_writer_that_was_taken_over_stops_before_it_completes_the_copy(store, s3, monkeypatch):
     url = f"{s3}/lost/store.zarr"
     write = RemoteFolder.write
 
@@ -291,6 +345,95 @@ def test_a_writer_that_was_taken_over_stops_before_it_completes_the_copy(
     monkeypatch.undo()
     assert json.loads(RemoteFolder(url, QUICK).read("zarr.json"))["attributes"]["complete"] is False
     assert json.loads(RemoteFolder(url, QUICK).read(CLAIM))["owner"] == "another"  # not deleted by the loser
+
+
+def test_a_writer_whose_claim_is_gone_stops_before_it_completes_the_copy(store, s3, monkeypatch):
+    # whoever took over has finished meanwhile, and has deleted its claim
+    url = f"{s3}/gone/store.zarr"
+    write = RemoteFolder.write
+
+    def lose_at_the_second_chunk(self, name, content):
+        write(self, name, content)
+        if name.endswith("c/1/0"):
+            self.remove(CLAIM)
+
+    monkeypatch.setattr(RemoteFolder, "write", lose_at_the_second_chunk)
+    with pytest.raises(StoreBusy, match=r"\.writer\.lock is gone: .* --resume"):
+        copy_store(store.path, url, transfer=QUICK)
+    monkeypatch.undo()
+    assert json.loads(RemoteFolder(url, QUICK).read("zarr.json"))["attributes"]["complete"] is False
+
+
+def test_a_claim_from_the_future_says_that_the_clocks_differ(s3):
+    url = f"{s3}/future/store.zarr"
+    folder = put_claim(url, seen=time.time() + 7200)
+    with (
+        pytest.raises(
+            StoreBusy, match=r"last seen 7\d\d\d s from now: .* clocks differ; .* delete \.writer\.lock"
+        ),
+        claimed(folder),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("changes", [{"seen": float("inf")}, {"seen": float("nan")}, {"pid": float("inf")}])
+def test_a_claim_that_no_writer_has_written_is_in_nobodys_way(s3, changes):
+    folder = put_claim(f"{s3}/odd/store.zarr", **changes)
+    with claimed(folder):
+        assert json.loads(folder.read(CLAIM))["pid"] == os.getpid()
+
+
+def test_a_writer_that_is_stopped_while_it_claims_leaves_no_claim(s3, monkeypatch):
+    def stop(_seconds):
+        raise KeyboardInterrupt
+
+    folder = RemoteFolder(f"{s3}/early/store.zarr", QUICK)
+    monkeypatch.setattr("tcsae.store.claim.time.sleep", stop)
+    with pytest.raises(KeyboardInterrupt), claimed(folder):
+        pass
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError):
+        folder.read(CLAIM)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
+def test_a_copy_that_is_stopped_says_how_to_go_on_and_leaves_no_claim(make_store, s3, stop):
+    store = make_store(torch.zeros(60, 4), [60], rows_per_chunk=1, name="many.zarr")
+    url = f"{s3}/{stop.name}/store.zarr"
+    command = [sys.executable, "-P", "-m", "tcsae.cli", "store", "copy", str(store.path), url]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    chunk = f"activations/{HOOK}/c/2/0"
+    while process.poll() is None:
+        try:
+            RemoteFolder(url, QUICK).read(chunk)
+        except FileNotFoundError:
+            time.sleep(0.01)
+        else:
+            break
+    process.send_signal(stop)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    last = said.strip().splitlines()[-1]
+    assert last == f"tcsae: {url}: interrupted; what is copied is kept, run the same command with --resume"
+    assert "Traceback" not in said
+    with pytest.raises(FileNotFoundError):
+        RemoteFolder(url, QUICK).read(CLAIM)
+    assert json.loads(RemoteFolder(url, QUICK).read("zarr.json"))["attributes"]["complete"] is False
+    assert copy_store(store.path, url, resume=True, transfer=QUICK).kept >= 1
+
+
+def test_a_renewal_sees_that_another_writer_has_taken_over(s3, quick_claims):
+    url = f"{s3}/seen/store.zarr"
+
+    def take_over(check) -> None:
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            put_claim(url)  # again and again: a renewal that is just being written goes over it
+            time.sleep(0.02)
+            check(False)
+
+    with claimed(RemoteFolder(url, QUICK)) as check, pytest.raises(StoreBusy, match="process 7 on elsewhere"):
+        take_over(check)
 
 
 def test_a_working_writer_renews_its_claim(s3, quick_claims):

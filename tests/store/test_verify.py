@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
 from pathlib import Path
 
 import google_crc32c
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.store.errors import ConfigError, StoreNotFound
+from tcsae.store.errors import ConfigError, Interrupted, StoreNotFound
 from tcsae.store.verify import verify
 from tcsae.tests.store.damage import HOOK, chunk, edit_documents, edit_root, flip, swap
 
@@ -160,3 +163,30 @@ def test_what_is_no_store_cannot_be_verified(tmp_path):
 def test_a_url_is_refused_with_the_way_to_verify_it():
     with pytest.raises(ConfigError, match=r"s3://lab/a.zarr: .*tcsae store copy"):
         verify("s3://lab/a.zarr")
+
+
+def test_workers_that_were_started_in_another_folder_find_a_store_named_from_here(path, monkeypatch):
+    from dask.distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        dashboard_address=None,
+        memory_limit=0,
+        silence_logs=logging.CRITICAL,
+    ) as cluster:
+        monkeypatch.chdir(path.parent)
+        found = verify(path.name, scheduler=cluster.scheduler_address)
+    assert (found.problems, found.chunks) == ((), 4)
+
+
+def test_a_verification_that_is_stopped_says_so_in_one_line(path, monkeypatch):
+    def stop(task):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("tcsae.store.verify.chunk_problems", stop)
+    with pytest.raises(Interrupted, match="interrupted; nothing was changed, run the same command again"):
+        verify(path)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -26,6 +26,7 @@ from tcsae.store.errors import (
     StoreMismatch,
 )
 from tcsae.store.spec import Layout
+from tcsae.tests.store.damage import flip, swap
 
 HOOK = "blocks.0.hook_resid_post"
 ROWS = torch.randn(1000, 16, generator=torch.Generator().manual_seed(1))
@@ -91,6 +92,54 @@ def test_a_damaged_chunk_counts_as_missing(plan, tmp_path):
     chunk.write_bytes(content)
     with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
         assert writer.missing() == [1]
+
+
+def test_a_chunk_in_anothers_place_counts_as_missing_once_the_store_is_complete(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2, 3])
+        writer.finish()
+    good = digests(tmp_path / "s")
+    swap(tmp_path / "s")
+    with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
+        assert writer.missing() == [0, 1]
+        write(writer, [0, 1])
+        writer.finish()
+    assert digests(tmp_path / "s") == good
+
+
+def test_a_damaged_table_of_checksums_leaves_each_chunk_its_own(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2, 3])
+        writer.finish()
+    flip(tmp_path / "s" / "checksums" / HOOK / "c" / "0", 3)
+    flip(chunk_file(tmp_path / "s", 2), 100)
+    with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
+        assert writer.missing() == [2]
+
+
+def test_chunks_that_lie_where_a_store_was_deleted_in_part_are_not_taken_over(
+    plan, make_provenance, tmp_path
+):
+    with StoreWriter.create(tmp_path / "s", plan[0], make_provenance(model="another")) as writer:
+        for chunk in range(4):
+            start, stop = writer.rows_of(chunk)
+            writer.write(HOOK, chunk, -ROWS[start:stop])
+        writer.finish()
+    (tmp_path / "s" / "zarr.json").unlink()
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        assert writer.missing() == [0, 1, 2, 3]
+        assert not list((tmp_path / "s" / "checksums").rglob("c"))
+
+
+def test_a_folder_that_stands_in_the_place_of_chunks_by_a_link_keeps_what_it_has(plan, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").write_text("precious")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "activations").symlink_to(elsewhere)
+    with StoreWriter.create(tmp_path / "s", *plan):
+        pass
+    assert [p.name for p in elsewhere.iterdir()] == ["thesis.tex"]
 
 
 def test_a_plan_that_was_killed_halfway_is_begun_anew(plan, tmp_path):
@@ -236,6 +285,19 @@ def test_the_end_of_the_block_tells_that_the_last_chunk_could_not_be_synced(plan
 
 
 @pytest.fixture
+def synced(monkeypatch):
+    """The paths that were synced, in order."""
+    paths, sync = [], os.fsync
+
+    def note(descriptor):
+        paths.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    monkeypatch.setattr("tcsae.store.atomic.os.fsync", note)
+    return paths
+
+
+@pytest.fixture
 def slow_disk(monkeypatch):
     """Every sync waits until the event is set."""
     ready, sync = threading.Event(), os.fsync
@@ -248,6 +310,19 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr("tcsae.store.atomic.os.fsync", slow)
     yield ready
     ready.set()
+
+
+def test_every_folder_is_synced_before_the_root_group_says_that_the_store_is_complete(plan, tmp_path, synced):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2, 3])
+        writer.wait()
+        synced.clear()
+        writer.finish()
+    # each after the last file in it was renamed, which follows on the sync of that file
+    last = max(i for i, path in enumerate(synced) if path.name == "0.partial")
+    until = synced.index(tmp_path / "s" / "zarr.json.partial")
+    folders = {path for path in (tmp_path / "s").rglob("*") if path.is_dir()} | {tmp_path / "s"}
+    assert folders <= set(synced[last:until])
 
 
 def test_writing_returns_before_the_sync_and_the_rows_may_then_be_changed(plan, tmp_path, slow_disk):
