@@ -14,6 +14,8 @@ import torch
 import typer
 
 from tcsae import cli
+from tcsae.store import ActivationStore
+from tcsae.train import ArmConfig, TrainConfig, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,6 +95,11 @@ ERRORS = [
         id="unknown field",
     ),
     pytest.param(["train", "{store}", "run", "--recipe", "block", "--set", "k"], "KEY=VALUE", id="no value"),
+    pytest.param(
+        ["train", "{store}", "run", "--recipe", "block", "--dry-run", "--log", " wandbb"],
+        "unknown writer 'wandbb'",
+        id="unknown writer",
+    ),
     pytest.param(["recipes", "tc61"], "did you mean: tc16", id="no such recipe"),
     pytest.param(["evaluate", "run", "out", "--store", "{store}"], "run: ", id="no run"),
     pytest.param(
@@ -119,6 +126,26 @@ def test_wrong_usage_is_exit_2(tmp_path):
     done = run("train", cwd=tmp_path)
     assert done.returncode == 2
     assert "Missing argument" in done.stderr
+
+
+# A run that goes on
+
+
+def test_resume_takes_the_runs_own_configuration_unless_another_is_asked_for(store, tmp_path):
+    small = {"k": 4, "window": 8, "anchors": 16, "warmup_steps": 2, "block_share": 0.0}
+    asked = TrainConfig(
+        arms=(ArmConfig(name="a", **small),), tokens=8 * 128, batch_tokens=128, ring_size=64, ring_feed=32
+    )
+    train(ActivationStore.open(store), tmp_path / "run", asked)
+    resume = ("train", str(store), str(tmp_path / "run"), "--resume")
+    planned = run(*resume, "--dry-run", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["saes"] == ["a-s0"]
+    assert json.loads(planned.stdout)["steps"] == 8
+    for other in (["--tokens", "0"], ["--seeds", ""]):
+        done = run(*resume, *other)
+        assert done.returncode == 1, done.stderr
+        assert "give either --recipe (once or more) or --config" in done.stderr
 
 
 # Output
