@@ -165,9 +165,13 @@ def test_a_stopped_training_from_a_url_names_it_and_goes_on(from_url, s3):
         assert (from_url / "stopped" / name).read_bytes() == (from_url / "run" / name).read_bytes(), name
 
 
+LARGE = ("--set", "batch_tokens=1000000", "--set", "tokens=2000000")
+"""a batch larger than the store"""
+
+
 def test_messages_name_the_url_and_not_the_cache(from_url, s3):
     url, cache = f"{s3}/acts.zarr", from_url / "cache"
-    process = start("train", url, "wide", *TRAIN, "--set", "batch_tokens=1000000", cwd=from_url, cache=cache)
+    process = start("train", url, "wide", *TRAIN, *LARGE, cwd=from_url, cache=cache)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert url in said
