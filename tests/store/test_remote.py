@@ -178,7 +178,9 @@ def test_a_chunk_that_is_mapped_again_counts_as_used(store, serve, cache, few_re
         opened.rows(start, start + 100)
     first = chunks_in(cache)[0]
     changed = first.stat().st_mtime_ns
-    later = changed + 3600 * 10**9  # a time that the kernel, which notes some reads by itself, leaves as it is
+    later = (
+        changed + 3600 * 10**9
+    )  # a time that the kernel, which notes some reads by itself, leaves as it is
     os.utime(first, ns=(later, changed))
     opened.rows(0, 100)
     assert changed < first.stat().st_atime_ns < later
