@@ -36,7 +36,7 @@ def scheduler() -> Iterator[str]:
     with LocalCluster(
         n_workers=1,
         threads_per_worker=2,
-        dashboard_address=None,
+        dashboard_address=":0",  # None would take port 8787, which another cluster may have
         memory_limit=0,
         silence_logs=logging.CRITICAL,
     ) as cluster:

@@ -400,7 +400,7 @@ def test_a_writer_that_is_stopped_while_it_claims_leaves_no_claim(s3, monkeypatc
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
 def test_a_copy_that_is_stopped_says_how_to_go_on_and_leaves_no_claim(make_store, s3, stop):
-    store = make_store(torch.zeros(60, 4), [60], rows_per_chunk=1, name="many.zarr")
+    store = make_store(torch.zeros(500, 4), [500], rows_per_chunk=1, name="many.zarr")
     url = f"{s3}/{stop.name}/store.zarr"
     command = [sys.executable, "-P", "-m", "tcsae.cli", "store", "copy", str(store.path), url]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -171,7 +171,7 @@ def test_workers_that_were_started_in_another_folder_find_a_store_named_from_her
     with LocalCluster(
         n_workers=1,
         threads_per_worker=1,
-        dashboard_address=None,
+        dashboard_address=":0",  # None would take port 8787, which another cluster may have
         memory_limit=0,
         silence_logs=logging.CRITICAL,
     ) as cluster:
