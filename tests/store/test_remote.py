@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -403,7 +404,13 @@ def test_a_copy_that_is_stopped_says_how_to_go_on_and_leaves_no_claim(make_store
     store = make_store(torch.zeros(500, 4), [500], rows_per_chunk=1, name="many.zarr")
     url = f"{s3}/{stop.name}/store.zarr"
     command = [sys.executable, "-P", "-m", "tcsae.cli", "store", "copy", str(store.path), url]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # What a shell puts in the background inherits a SIGINT that is ignored; a terminal's command does not.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     chunk = f"activations/{HOOK}/c/2/0"
     while process.poll() is None:
         try:
