@@ -36,6 +36,7 @@ import torch
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
 from tcsae.store.writer import documents_table
 from tcsae.train import ArmConfig, TrainConfig
+from tcsae.train.config import Precision
 from tcsae.train.precision import linear_for
 from tcsae.train.training import Training
 
@@ -112,10 +113,10 @@ def arms(options: argparse.Namespace) -> dict[str, ArmConfig]:
 
 
 def training(
-    store: ActivationStore, batch: int, *some: ArmConfig, precision: str = "float32", ring: bool = True
+    store: ActivationStore, batch: int, *some: ArmConfig, precision: Precision = "float32", ring: bool = True
 ) -> Training:
     """A run of these arms with a full ring, which takes steps and never ends."""
-    config = TrainConfig(arms=some, tokens=10**6 * batch, batch_tokens=batch, precision=precision)  # type: ignore[arg-type]
+    config = TrainConfig(arms=some, tokens=10**6 * batch, batch_tokens=batch, precision=precision)
     made = Training(store, config, CPU)
     if ring:
         for i in range(-(-made.ring.size // 4096)):
@@ -145,11 +146,11 @@ def loading(run: Training) -> Case:
     return lambda: seconds_of(load)
 
 
-def product(options: argparse.Namespace, precision: str) -> Case:
+def product(options: argparse.Namespace, precision: Precision) -> Case:
     """One encoder product."""
     x, W = torch.randn(options.batch, options.d_model), torch.randn(options.features, options.d_model)
     b, out = torch.zeros(options.features), torch.empty(options.batch, options.features)
-    multiply = linear_for(precision, CPU)  # type: ignore[arg-type]
+    multiply = linear_for(precision, CPU)
     return lambda: seconds_of(lambda: multiply(x, W, b, out))
 
 
@@ -217,7 +218,7 @@ def peers(python: str | None, options: argparse.Namespace, folder: Path) -> Iter
 def steps(store: ActivationStore, options: argparse.Namespace, folder: Path) -> list[float]:
     """Print the table of steps; the seconds of our BatchTopK's."""
     batch = options.batch
-    precisions = ["float32"]
+    precisions: list[Precision] = ["float32"]
     if linear_for("auto", CPU) is not linear_for("float32", CPU):
         precisions.append("bfloat16")
     with peers(options.peers_python, options, folder) as others:

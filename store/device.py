@@ -18,6 +18,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+    # What torch raises depends on the backend: an unknown name or a missing GPU, a build without CUDA, a backend
+    # that has no such operation.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

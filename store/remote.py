@@ -180,6 +180,7 @@ def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
+    # NotImplementedError: the file system of the URL cannot do what was asked, such as write over http
     final = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS)
     return isinstance(error, PermissionError | NotImplementedError | ssl.CertificateError) or (
         isinstance(error, OSError) and error.errno in final

@@ -215,7 +215,7 @@ def test_identity_and_zero_on_a_pretrained_model() -> None:
     keep = torch.arange(41) < torch.tensor(batch.length)[:, None]
     keep[:, 0] = False
     batch = Batch(batch.input_ids, keep, batch.length, batch.document)
-    found = replay_of(model, batch, hook)  # type: ignore[arg-type]
+    found = replay_of(model, batch, hook)  # type: ignore[arg-type]  # a LanguageModel has all that the protocol asks
     clean, n = slow_cross_entropy(model.logits(batch.input_ids), batch)
     zeroed = model.logits(
         batch.input_ids, hook, lambda x: torch.where(keep[..., None], torch.zeros_like(x), x)
