@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import pyarrow.parquet as pq
+
+from tcsae.evaluate.bench import Bench, Measured
 from tcsae.evaluate.config import EvaluateConfig, Suite
-from tcsae.evaluate.core import CoreResult, core_results
-from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult, fingerprint, read_result, write_result
+from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
-from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import Subject, control_of, find_saes, load_subject, with_unique_names
+from tcsae.evaluate.suites import SUITES_IN_ORDER
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
-from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of, temporal_result
-from tcsae.store.atomic import exclusive
+from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of
+from tcsae.store.atomic import exclusive, partial_file
 from tcsae.store.device import choose_device
-from tcsae.store.errors import ConfigError, Interrupted, RunBusy, StoreMismatch
-from tcsae.store.progress import progress
+from tcsae.store.errors import Interrupted, RunBusy
 from tcsae.store.reader import ActivationStore
 
 COMPARED_LAG = 8
 """Lag, in tokens, at which an SAE is compared with its control."""
-
-BRANCH_INPUTS = ("hook_resid_mid", "ln1.hook_in", "ln2.hook_in")
-"""Ends of the names of hooks that hold the residual stream, but only as the input of one branch off it."""
 
 RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
 """Compared with the control beside the autocorrelation: what the consistency cost."""
@@ -69,34 +67,45 @@ def evaluate_subjects(
     held_out = {
         hook: HeldOut(store, hook, config.split) for hook in dict.fromkeys(one.hook for one in subjects)
     }
+    bench = Bench(config, store, held_out)
     # before anything is measured: the temporal suite alone can take long
     choose_device(config.device)
-    if "core" in config.suites:
-        _check_spliceable(held_out)
+    for suite in SUITES_IN_ORDER:
+        if suite.name in config.suites:
+            suite.check(subjects, bench)
     busy = RunBusy(f"{config.out}: another process is evaluating into this folder; wait or choose another")
     try:
         with exclusive(config.out / ".lock", busy):
-            return _finish(subjects, _results(subjects, held_out, store, config), held_out, store, config)
+            return _finish(subjects, _results(subjects, bench), bench)
     except KeyboardInterrupt:
         raise Interrupted(
             f"{config.out}: interrupted; finished results are kept, run the same command again to go on"
         ) from None
 
 
-def _results(
-    subjects: Sequence[Subject], held_out: dict[str, HeldOut], store: ActivationStore, config: EvaluateConfig
-) -> dict[tuple[Suite, str], SuiteResult]:
+def _results(subjects: Sequence[Subject], bench: Bench) -> dict[tuple[Suite, str], SuiteResult]:
     """Every result of every suite, read where it is there with the same settings, else measured."""
     results: dict[tuple[Suite, str], SuiteResult] = {}
-    for suite in config.suites:
+    suites = [suite for suite in SUITES_IN_ORDER if suite.name in bench.config.suites]
+    missing: dict[Suite, list[Subject]] = {}
+    prints: dict[tuple[Suite, str], str] = {}
+    for suite in suites:
+        missing[suite.name] = []
         for one in subjects:
-            kept = read_result(*_paths(config, suite, one), _fingerprint(config, suite, one, store))
-            if kept is not None:
-                results[suite, one.name] = kept
-    for suite, measure in (("temporal", _temporal), ("core", _core)):  # the cheap one first
-        if suite in config.suites:
-            missing = [one for one in subjects if (suite, one.name) not in results]
-            results |= measure(missing, held_out, store, config)
+            print_ = bench.fingerprint(suite.name, one, suite.decides(bench.config))
+            prints[suite.name, one.name] = print_
+            kept = read_result(*_paths(bench.config, suite.name, one), print_)
+            if kept is None:
+                missing[suite.name].append(one)
+            else:
+                results[suite.name, one.name] = kept
+    for suite in suites:
+        if not missing[suite.name]:
+            continue
+        asked = [prints[suite.name, one.name] for one in missing[suite.name]]
+        for one, measured in suite.measure(missing[suite.name], asked, bench):
+            _write(one, suite.name, measured, bench)
+            results[suite.name, one.name] = measured.result
     return results
 
 
@@ -104,165 +113,24 @@ def _paths(config: EvaluateConfig, suite: Suite, one: Subject) -> tuple[Path, Pa
     return config.out / suite / f"{one.name}.json", config.out / "draws" / suite / f"{one.name}.parquet"
 
 
-def _fingerprint(config: EvaluateConfig, suite: Suite, one: Subject, store: ActivationStore) -> str:
-    """Hash over everything that decides a suite's figures for one SAE; paths and device do not."""
-    decides: dict[str, Any] = {
-        "suite": suite,
-        "sae": one.digest,
-        "name": one.name,
-        "arm": one.arm,
-        "store": store.id,
-        "hook": one.hook,
-        "split": config.split,
-        "n_bootstrap": config.n_bootstrap,
-        "seed": config.seed,
-    }
-    if suite == "core":
-        decides |= {"max_tokens": config.max_tokens, "batch_size": config.batch_size}
-    return fingerprint(**decides)
+def _write(one: Subject, suite: Suite, measured: Measured, bench: Bench) -> None:
+    """A result's files, the JSON last: where it is, the result is whole."""
+    if measured.features is not None:
+        with partial_file(bench.config.out / "features" / f"{one.name}.parquet") as beside:
+            pq.write_table(measured.features, beside, compression="zstd")
+    write_result(*_paths(bench.config, suite, one), _envelope(one, measured, bench.store), measured.result)
 
 
-def _temporal(
-    subjects: Sequence[Subject], held_out: dict[str, HeldOut], store: ActivationStore, config: EvaluateConfig
-) -> dict[tuple[Suite, str], SuiteResult]:
-    results: dict[tuple[Suite, str], SuiteResult] = {}
-    if not subjects:
-        return results
-    device = choose_device(config.device)
-    with progress(len(subjects), "SAE", "temporal") as bar:
-        for one in subjects:
-            result = temporal_result(
-                one.sae.to(device),
-                held_out[one.hook],
-                n_bootstrap=config.n_bootstrap,
-                seed=config.seed,
-                print_=_fingerprint(config, "temporal", one, store),
-            )
-            figures = {name: estimate.value for name, estimate in result.estimates.items()}
-            envelope = _envelope(
-                "tcsae_temporal", one, store, {**_settings(config)}, {"temporal": figures}, []
-            )
-            write_result(*_paths(config, "temporal", one), envelope, result)
-            results["temporal", one.name] = result
-            bar.update()
-    return results
-
-
-def _core(
-    subjects: Sequence[Subject], held_out: dict[str, HeldOut], store: ActivationStore, config: EvaluateConfig
-) -> dict[tuple[Suite, str], SuiteResult]:
-    results: dict[tuple[Suite, str], SuiteResult] = {}
-    if not subjects:
-        return results
-    model = _load_model(config, store)
-    device = choose_device(config.device)
-    by_hook: dict[str, list[Subject]] = {}
-    for one in subjects:
-        by_hook.setdefault(one.hook, []).append(one)
-    settings = {"max_tokens": config.max_tokens, "batch_size": config.batch_size, "seed": config.seed}
-    n_tokens = {
-        hook: sum(sum(batch.length) for batch in held_out[hook].batches(**settings)) for hook in by_hook
-    }
-    with progress(sum(n_tokens.values()), "token", "core") as bar:
-        for hook, ones in by_hook.items():
-            found = core_results(
-                [one.sae.to(device) for one in ones],
-                [_fingerprint(config, "core", one, store) for one in ones],
-                held_out[hook],
-                model,
-                n_bootstrap=config.n_bootstrap,
-                advance=bar.update,
-                **settings,
-            )
-            for one, result in zip(ones, found, strict=True):
-                envelope = _core_envelope(one, store, config, result)
-                write_result(*_paths(config, "core", one), envelope, result.result)
-                results["core", one.name] = result.result
-    return results
-
-
-def _check_spliceable(hooks: Iterable[str]) -> None:
-    for hook in hooks:
-        if hook.endswith(BRANCH_INPUTS):
-            raise ConfigError(
-                f"hook {hook}: read at the input of a norm, which the residual stream also goes past, so "
-                "nothing can be spliced into the stream there; use --suite temporal, or SAEs of "
-                "hook_resid_pre or hook_resid_post"
-            )
-
-
-def _load_model(config: EvaluateConfig, store: ActivationStore) -> ReplayModel:
-    """The model that made the store.
-
-    Raises
-    ------
-    StoreMismatch
-        the weights or the tokenizer are not those of the store
-    """
-    # imported here: the temporal suite and kept results need no model, and transformer_lens takes seconds
-    from tcsae.harvest.model import load_model
-
-    made = store.provenance
-    model = load_model(config.model or made.model, precision=made.precision, device=config.device)
-    for what, theirs, stores in (
-        ("weights", model.sha256, made.model_sha256),
-        ("tokenizer", model.tokenizer_sha256, made.tokenizer_sha256),
-    ):
-        if theirs != stores:
-            raise StoreMismatch(
-                f"{store.url}: made by {made.model} with {what} {stores[:12]}…, but model {model.name} has "
-                f"{what} {theirs[:12]}…; name the store's own model or harvest again"
-            )
-    return cast(ReplayModel, model)
-
-
-def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    return {"split": config.split, "n_bootstrap": config.n_bootstrap, "seed": config.seed}
-
-
-def _core_envelope(
-    one: Subject, store: ActivationStore, config: EvaluateConfig, result: CoreResult
-) -> dict[str, Any]:
-    made = store.provenance
-    n_batches = result.result.facts["replay"]["n_batches"]
-    settings = {
-        "model_name": made.model,
-        "llm_dtype": made.precision,
-        "batch_size_prompts": config.batch_size,
-        "n_eval_reconstruction_batches": n_batches,
-        "n_eval_sparsity_variance_batches": n_batches,
-        "dataset": made.corpus,
-        "context_size": made.context_length,
-        "compute_kl": True,
-        "compute_ce_loss": True,
-        "compute_l2_norms": True,
-        "compute_sparsity_metrics": True,
-        "compute_variance_metrics": True,
-        "compute_featurewise_density_statistics": True,
-        "compute_featurewise_weight_based_metrics": True,
-        "exclude_special_tokens_from_reconstruction": True,
-        "verbose": False,
-    }
-    return _envelope("core", one, store, settings, result.metrics, result.details)
-
-
-def _envelope(
-    kind: str,
-    one: Subject,
-    store: ActivationStore,
-    settings: dict[str, Any],
-    metrics: dict[str, Any],
-    details: list[dict[str, Any]],
-) -> dict[str, Any]:
+def _envelope(one: Subject, measured: Measured, store: ActivationStore) -> dict[str, Any]:
     """SAEBench's envelope, all of its keys but the unstructured part."""
     sae = one.sae
     return {
-        "eval_type_id": kind,
-        "eval_config": settings,
+        "eval_type_id": measured.kind,
+        "eval_config": measured.settings,
         "eval_id": str(uuid.uuid4()),
         "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": metrics,
-        "eval_result_details": details,
+        "eval_result_metrics": measured.metrics,
+        "eval_result_details": measured.details,
         "sae_bench_commit_hash": f"tcsae {version('tcsae')}",
         "sae_lens_id": "custom_sae",
         "sae_lens_release_id": one.name,
@@ -285,11 +153,10 @@ def _envelope(
 def _finish(
     subjects: Sequence[Subject],
     results: dict[tuple[Suite, str], SuiteResult],
-    held_out: dict[str, HeldOut],
-    store: ActivationStore,
-    config: EvaluateConfig,
+    bench: Bench,
 ) -> Evaluation:
     """Summary, comparisons and figure from the results of all suites."""
+    config, store, held_out = bench.config, bench.store, bench.held_out
     rows = []
     for one in subjects:
         estimates: dict[str, Estimate] = {}
@@ -318,7 +185,7 @@ def _finish(
         "suites": list(config.suites),
         "max_tokens": config.max_tokens,
         "batch_size": config.batch_size,
-        **_settings(config),
+        **bench.conditions,
     }
     replayed = replayed_documents(rows)
     left_out = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tcsae.tests.train.small import SMALL_ARM
 from tcsae.train import load_sae, save_sae
 from tcsae.train.config import SELECTING, ArmConfig
 from tcsae.train.precision import float32_linear
@@ -34,16 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def every_architecture(**more: Any) -> tuple[ArmConfig, ...]:
     """An arm of each, small enough for the sticky store."""
-    common: dict[str, Any] = {
-        "k": 4,
-        "block_share": 0.25,
-        "window": 8,
-        "anchors": 16,
-        "warmup_steps": 4,
-        "dead_after": 640,
-        "aux_k": 8,
-    }
-    return tuple(ArmConfig(name=name, **(common | options | more)) for name, options in OPTIONS.items())
+    return tuple(ArmConfig(name=name, **(SMALL_ARM | options | more)) for name, options in OPTIONS.items())
 
 
 class Slow(NamedTuple):

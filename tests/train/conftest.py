@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tcsae.store import ActivationStore
+from tcsae.tests.train.small import SMALL_ARM
 from tcsae.train import ArmConfig, TrainConfig
 
 D_MODEL = 16
@@ -53,16 +54,7 @@ def small_config() -> Callable[..., TrainConfig]:
     """A configuration of a control and a contrastive arm that takes a second; arguments change its fields."""
 
     def make(*, arm: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
-        of_arms = {
-            "k": 4,
-            "block_share": 0.25,
-            "window": 8,
-            "anchors": 16,
-            "warmup_steps": 4,
-            "dead_after": 640,
-            "aux_k": 8,
-            **(arm or {}),
-        }
+        of_arms = SMALL_ARM | (arm or {})
         values: dict[str, Any] = {
             "arms": (ArmConfig(name="block", **of_arms), ArmConfig(name="tc8", alpha=0.1, **of_arms)),
             "tokens": 40 * 128,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tcsae.tests.train.small import SMALL_ARM
 from tcsae.train import ArmConfig
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -27,14 +28,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 def every_objective() -> tuple[ArmConfig, ...]:
     """An arm of each, small enough for the sticky store."""
-    common: dict[str, Any] = {
-        "k": 4,
-        "block_share": 0.25,
-        "window": 8,
-        "anchors": 16,
-        "warmup_steps": 4,
-        "dead_after": 640,
-        "aux_k": 8,
-        "alpha": 0.1,
-    }
-    return tuple(ArmConfig(name=name, **(common | options)) for name, options in OBJECTIVES.items())
+    return tuple(
+        ArmConfig(name=name, **(SMALL_ARM | {"alpha": 0.1} | options)) for name, options in OBJECTIVES.items()
+    )
