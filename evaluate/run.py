@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from tcsae.evaluate.bench import Bench, Measured
 from tcsae.evaluate.config import EvaluateConfig, Suite
-from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult, read_result, write_result
+from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
 from tcsae.evaluate.subjects import Subject, control_of, find_saes, load_subject, with_unique_names
@@ -164,7 +164,7 @@ def _finish(
         for suite in config.suites:
             estimates |= results[suite, one.name].estimates
             draws |= results[suite, one.name].draws
-        rows.append(Row(one.name, one.arm, one.seed, one.sae.block_size, estimates, draws))
+        rows.append(Row(one.name, one.arm, one.seed, one.sae.block_size, estimates, draws, one.origin))
     row_of = {row.sae: row for row in rows}
     comparisons = []
     for one in subjects:
@@ -175,6 +175,7 @@ def _finish(
     made = store.provenance
     conditions = {
         "tcsae": version("tcsae"),
+        "result_version": RESULT_VERSION,
         "store": store.id,
         "model": made.model,
         "model_sha256": made.model_sha256,
