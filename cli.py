@@ -208,7 +208,9 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="Where the store's model is found now, if elsewhere.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="Some of core,temporal.")] = "core,temporal",
+    suite: Annotated[
+        str, typer.Option(help="Some of core,temporal,truth; truth by itself where the store has one.")
+    ] = "core,temporal",
     split: Annotated[str, typer.Option(help="Documents to use: test, train or all.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,

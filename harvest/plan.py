@@ -150,9 +150,9 @@ def check_space(store: Path, provenance: Provenance, n_chunks: int) -> None:
 def dry_run(config: HarvestConfig) -> DryRun:
     """Plan a harvest and time a few batches. **Writes nothing**, wherever the store would be.
 
-    It loads the model and reads the corpus (or draws the documents of a synthetic one), so it finds what a harvest would find wrong with them, and raises
-    what a harvest would raise, `DiskFull` with the numbers included. With ``config.resume``, chunks that are
-    there need no more space; that they are whole is not checked.
+    It loads the model and reads the corpus (or draws the documents of a synthetic one), so it finds what a
+    harvest would find wrong with them, and raises what a harvest would raise, `DiskFull` with the numbers
+    included. With ``config.resume``, chunks that are there need no more space; that they are whole is not checked.
     """
     if is_synthetic(config.corpus):
         drawn = synthetic_plan(config)

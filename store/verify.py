@@ -64,7 +64,8 @@ def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) 
     Checked are links, of which there may be none; the group's attributes and every array's metadata; the tables'
     SHA-256; the offsets; the range of token ids; the documents' table (types, unique ids, token counts, splits);
     every chunk's size, CRC-32C, place, padding and NaN or infinite values; the statistics in the attributes,
-    recomputed; the known dictionary, where there is one. All problems are collected, none is raised, but for a folder that is no store at all.
+    recomputed; the known dictionary, where there is one. All problems are collected, none is raised, but for a
+    folder that is no store at all.
 
     Parameters
     ----------

@@ -194,28 +194,32 @@ def test_a_file_and_a_string_name_the_same_settings(tmp_path):
     assert SyntheticSettings.from_dict(expected.to_dict(), "x") == expected
 
 
-REFUSED = [
-    pytest.param("synthetic:featurs=3", UnknownName, "unknown parameter of synthetic 'featurs'; did you mean: features", id="a slip of the pen"),
-    pytest.param("synthetic:features", ConfigError, "expected KEY=VALUE,... or FILE.toml", id="no value"),
-    pytest.param("synthetic:seed=1,seed=2", ConfigError, "seed: expected once, got '1' and '2'", id="twice"),
-    pytest.param("synthetic:seed=1.5", ConfigError, "seed: expected a whole number, got '1.5'", id="a fraction"),
-    pytest.param("synthetic:slow=much", ConfigError, "slow: expected a number, got 'much'", id="a word"),
-    pytest.param("synthetic:slow=nan", ConfigError, "slow: expected 0 to 1, got nan", id="not a number"),
-    pytest.param("synthetic:seed=-1", ConfigError, "seed: expected 0 to", id="a negative seed"),
-    pytest.param("synthetic:rate=0.1", ConfigError, "rate: expected a range such as 4:12, got '0.1'", id="no range"),
-    pytest.param("synthetic:rate=0.1:0.05", ConfigError, "rate: expected a range within", id="a range backwards"),
-    pytest.param("synthetic:rate=0.1:0.6", ConfigError, "within 1e-06:0.5", id="a rate above a half"),
-    pytest.param("synthetic:slow_run=8:60", ConfigError, "slow_run: expected to begin at 12.0", id="overlapping kinds"),
-    pytest.param("synthetic:slow=0.6,medium=0.4", ConfigError, "at least one of 1024 features fast", id="none fast"),
-    pytest.param("synthetic:sources=9", ConfigError, "sources: expected at most the 8 topics, got 9", id="sources"),
-    pytest.param("synthetic:nowhere.toml", CorpusError, "nowhere.toml: no such file", id="no file"),
-]  # fmt: skip
+REFUSED = {
+    "a slip of the pen": (
+        "featurs=3",
+        UnknownName,
+        "unknown parameter of synthetic 'featurs'; did you mean: features",
+    ),
+    "no value": ("features", ConfigError, "expected KEY=VALUE,... or FILE.toml"),
+    "twice": ("seed=1,seed=2", ConfigError, "seed: expected once, got '1' and '2'"),
+    "a fraction": ("seed=1.5", ConfigError, "seed: expected a whole number, got '1.5'"),
+    "a word": ("slow=much", ConfigError, "slow: expected a number, got 'much'"),
+    "not a number": ("slow=nan", ConfigError, "slow: expected 0 to 1, got nan"),
+    "a negative seed": ("seed=-1", ConfigError, "seed: expected 0 to"),
+    "no range": ("rate=0.1", ConfigError, "rate: expected a range such as 4:12, got '0.1'"),
+    "a range backwards": ("rate=0.1:0.05", ConfigError, "rate: expected a range within"),
+    "a rate above a half": ("rate=0.1:0.6", ConfigError, "within 1e-06:0.5"),
+    "overlapping kinds": ("slow_run=8:60", ConfigError, "slow_run: expected to begin at 12.0"),
+    "none fast": ("slow=0.6,medium=0.4", ConfigError, "at least one of 1024 features fast"),
+    "sources": ("sources=9", ConfigError, "sources: expected at most the 8 topics, got 9"),
+    "no file": ("nowhere.toml", CorpusError, "nowhere.toml: no such file"),
+}
 
 
-@pytest.mark.parametrize(("corpus", "error", "message"), REFUSED)
-def test_parameters_that_cannot_work_are_refused(corpus, error, message):
+@pytest.mark.parametrize(("given", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_parameters_that_cannot_work_are_refused(given, error, message):
     with pytest.raises(error) as raised:
-        parse_synthetic(corpus)
+        parse_synthetic(f"synthetic:{given}")
     assert message in str(raised.value)
 
 
