@@ -34,6 +34,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -132,7 +133,10 @@ def _directions(
 def _log_uniform(
     generator: np.random.Generator, ends: tuple[float, float], n: int
 ) -> Float64[np.ndarray, " feature"]:
-    return np.exp(generator.uniform(*np.log(ends), size=n))
+    found: Float64[np.ndarray, " feature"] = np.exp(
+        generator.uniform(math.log(ends[0]), math.log(ends[1]), size=n)
+    )
+    return found
 
 
 class SyntheticSource:
@@ -179,7 +183,9 @@ class SyntheticSource:
         noise *= np.float32(self._noise_scale)
         # sparse times dense: as fast as it is sparse, and added in one order whatever the processor's threads
         signal: Float32[np.ndarray, "token d_model"] = codes @ self.truth.directions
-        return signal + self.truth.mean + noise
+        signal += self.truth.mean
+        signal += noise
+        return signal
 
     def tokens(self, codes: csr_matrix) -> Int32[np.ndarray, " token"]:
         """Token ids of a document with these codes."""

@@ -75,12 +75,14 @@ class SyntheticSettings:
             self._check(name, low, LARGEST)
         for name in ("slow", "medium", "topical", "hold"):
             self._check(name, 0, 1)
-        for name, high in (("magnitude", 2), ("mean", 1000), ("noise", 1000)):
-            self._check(name, 0, high)
+        self._check("magnitude", 0, 2)
+        self._check("mean", 0, 1000)
+        self._check("noise", 0, 1000)
         self._check("coherence", 0.01, 1)
         # a run of at least 2 tokens and a rate of at most a half: otherwise a feature would avoid its neighbours
-        for name, low, high in (("slow_run", 2.0, 1e6), ("medium_run", 2.0, 1e6), ("rate", 1e-6, 0.5)):
-            self._check_range(name, low, high)
+        self._check_range("slow_run", 2.0, 1e6)
+        self._check_range("medium_run", 2.0, 1e6)
+        self._check_range("rate", 1e-6, 0.5)
         if self.slow_run[0] < self.medium_run[1]:
             raise ConfigError(
                 f"slow_run: expected to begin at {self.medium_run[1]} or above, where medium_run ends, got "
@@ -205,7 +207,8 @@ def _typed(where: str, value: Any, kind: type) -> int | float | Range:
             raise ConfigError(f"{where}: expected a range such as 4:12, got {value!r}")
         low, high = (_number(where, end, float) for end in ends)
         return low, high
-    return _number(where, value, kind)
+    number: int | float = _number(where, value, kind)
+    return number
 
 
 def _number(where: str, value: Any, kind: type) -> Any:
