@@ -198,17 +198,27 @@ def evaluate(
     run: Annotated[list[Path], typer.Argument(help="Run folders, SAE folders, folders in SAELens' format.")],
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
     store: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="The store that the SAEs were trained on, or one of the same model: a folder or URL."
         ),
-    ],
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Where the store's model is found now, if elsewhere.")
+        str | None,
+        typer.Option(help="Where the store's model is found now, if elsewhere; without a store, the model."),
     ] = None,
     suite: Annotated[str, typer.Option(help="Some of core,temporal.")] = "core,temporal",
     split: Annotated[str, typer.Option(help="Documents to use: test, train or all.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="Replay these rows instead: .npy, integers [rows, context], BOS included."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Contexts of one forward pass.")] = 16,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="Evaluate beside the SAEs: identity, pca:K, random, untrained; repeatable."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -226,6 +236,9 @@ def evaluate(
             suites=tuple(suite.split(",")),  # type: ignore[arg-type]  # the config rejects unknown names
             split=split,  # type: ignore[arg-type]  # the same
             max_tokens=max_tokens,
+            tokens=tokens,
+            batch_size=batch_size,
+            references=tuple(reference or ()),
             device=device,
             seed=seed,
         )
