@@ -206,9 +206,15 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="Where the store's model is found now, if elsewhere.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="Some of core,temporal.")] = "core,temporal",
+    suite: Annotated[str, typer.Option(help="Some of core,temporal,unlearning.")] = "core,temporal",
     split: Annotated[str, typer.Option(help="Documents to use: test, train or all.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
+    forget: Annotated[
+        list[str] | None, typer.Option(help="Topic or source to unlearn; repeat for several.")
+    ] = None,
+    domain_tokens: Annotated[
+        int, typer.Option(help="Tokens that unlearning scores on, inside a topic and outside it.")
+    ] = 2048,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -226,6 +232,8 @@ def evaluate(
             suites=tuple(suite.split(",")),  # type: ignore[arg-type]  # the config rejects unknown names
             split=split,  # type: ignore[arg-type]  # the same
             max_tokens=max_tokens,
+            forget=tuple(forget or ()),
+            domain_tokens=domain_tokens,
             device=device,
             seed=seed,
         )
