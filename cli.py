@@ -207,7 +207,7 @@ def evaluate(
         str | None,
         typer.Option(help="Where the store's model is found now, if elsewhere; without a store, the model."),
     ] = None,
-    suite: Annotated[str, typer.Option(help="Some of core,temporal.")] = "core,temporal",
+    suite: Annotated[str, typer.Option(help="Some of core,temporal,unlearning.")] = "core,temporal",
     split: Annotated[str, typer.Option(help="Documents to use: test, train or all.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
     tokens: Annotated[
@@ -219,6 +219,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Evaluate beside the SAEs: identity, pca:K, random, untrained; repeatable."),
     ] = None,
+    forget: Annotated[
+        list[str] | None, typer.Option(help="Topic or source to unlearn; repeat for several.")
+    ] = None,
+    domain_tokens: Annotated[
+        int, typer.Option(help="Tokens that unlearning scores on, inside a topic and outside it.")
+    ] = 2048,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -239,6 +245,8 @@ def evaluate(
             tokens=tokens,
             batch_size=batch_size,
             references=tuple(reference or ()),
+            forget=tuple(forget or ()),
+            domain_tokens=domain_tokens,
             device=device,
             seed=seed,
         )

@@ -8,11 +8,13 @@ from typing import Literal, get_args
 
 from tcsae.store.errors import ConfigError, UnknownName
 
-Suite = Literal["core", "temporal"]
+Suite = Literal["core", "temporal", "unlearning"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
 REFERENCES = ("identity", "pca", "random", "untrained")
 """Kinds of references; pca is followed by a colon and its number of components."""
+DEFAULT_SUITES: tuple[Suite, ...] = ("core", "temporal")
+"""Those that are measured unless others are named: the rest takes much longer."""
 
 EvaluatedSplit = Literal["train", "test", "all"]
 
@@ -29,7 +31,7 @@ class EvaluateConfig:
     """activation store that the figures are computed on; a folder or a URL. None: ``tokens`` are"""
     model: str | None = None
     """hub name, folder or packaged name of the model to replay; None: the store's own"""
-    suites: tuple[Suite, ...] = SUITES
+    suites: tuple[Suite, ...] = DEFAULT_SUITES
     """which groups of metrics"""
     tokens: Path | None = None
     """.npy file of token ids [rows, context], BOS included, which the core suite replays in its order, all of
@@ -44,6 +46,12 @@ class EvaluateConfig:
     computed from the store alone always uses every document of the split"""
     batch_size: int = 16
     """contexts of one forward pass; SAEBench's mse and explained variance depend on it"""
+    forget: tuple[str, ...] = ()
+    """topics or sources that the unlearning suite makes the model forget, one after the other; empty: the
+    largest topics"""
+    domain_tokens: int = 2048
+    """tokens that the unlearning suite scores on, inside each forget domain and as many outside it (whole
+    contexts, the documents taking turns); every setting replays them"""
     device: str = "auto"
     """torch device, or "auto" for CUDA where there is one"""
     n_bootstrap: int = 2000
@@ -72,7 +80,7 @@ class EvaluateConfig:
             raise ConfigError("model: expected --model beside --tokens, since no store names the model")
         if self.split not in get_args(EvaluatedSplit):
             raise UnknownName.among("split", self.split, get_args(EvaluatedSplit))
-        for name, least in (("max_tokens", 1), ("batch_size", 1), ("n_bootstrap", 100)):
+        for name, least in (("max_tokens", 1), ("domain_tokens", 1), ("batch_size", 1), ("n_bootstrap", 100)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.seed < 0:

@@ -5,5 +5,6 @@ from __future__ import annotations
 from tcsae.evaluate.bench import SuiteOfMetrics
 from tcsae.evaluate.core_suite import CoreSuite
 from tcsae.evaluate.temporal_suite import TemporalSuite
+from tcsae.evaluate.unlearning_suite import UnlearningSuite
 
-SUITES_IN_ORDER: tuple[SuiteOfMetrics, ...] = (TemporalSuite(), CoreSuite())
+SUITES_IN_ORDER: tuple[SuiteOfMetrics, ...] = (TemporalSuite(), CoreSuite(), UnlearningSuite())
