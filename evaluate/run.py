@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tcsae.evaluate.bench import About, Bench, Measured
-from tcsae.evaluate.config import EvaluateConfig, Suite
+from tcsae.evaluate.config import DEFAULT_SUITES, EvaluateConfig, Suite
 from tcsae.evaluate.core import outliers_left_out
 from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
@@ -88,6 +89,8 @@ def evaluate_subjects(
     model: LanguageModel | None = None,
 ) -> Evaluation:
     """As `evaluate`, for SAEs, and perhaps a model, that are already loaded."""
+    if store is not None and store.provenance.truth is not None and config.suites == DEFAULT_SUITES:
+        config = replace(config, suites=(*DEFAULT_SUITES, "truth"))
     hooks = dict.fromkeys(one.hook for one in subjects)
     held_out = (
         {hook: HeldOut(store, hook, config.split) for hook in hooks}

@@ -14,8 +14,8 @@ MAY_IMPORT = {
     "harvest": {"store", "harvest", "data"},
     # training needs a store and nothing else: neither a model nor its text
     "train": {"store", "train", "data"},
-    # replaying needs the model as harvest loads it, and the SAE as training saves it
-    "evaluate": {"store", "evaluate", "train", "harvest.model"},
+    # replaying needs the model as harvest loads it, the SAE as training saves it, and a truth as harvest drew it
+    "evaluate": {"store", "evaluate", "train", "harvest.model", "harvest.synthetic"},
     "data": {"data"},
 }
 
