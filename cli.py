@@ -265,6 +265,29 @@ def evaluate(
         typer.echo(f"figure: {result.figure or 'none'}")
 
 
+@app.command(epilog="Example: tcsae compare results more-results --report comparison")
+def compare(
+    out: Annotated[list[Path], typer.Argument(help="Evaluation folders, measured on one store alike.")],
+    report: Annotated[Path, typer.Option(help="Folder for report.html, tables and figures.")],
+    l0: Annotated[
+        float | None,
+        typer.Option(
+            help="L0 to compare arms of several k at; 40, or the middle of what all reach, if left out."
+        ),
+    ] = None,
+    primary: Annotated[
+        str | None, typer.Option(help="Metric of the primary endpoint, if not the registered one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare evaluated SAEs over seeds and documents at equal L0; tables, figures and a report, nothing measured."""
+    from tcsae.evaluate import compare as hold_against
+    from tcsae.evaluate.compare.terminal import terminal
+
+    found = hold_against(out, report, l0=l0, primary=primary)
+    typer.echo((report / "compare.json").read_text().rstrip() if as_json else terminal(found))
+
+
 @app.command(epilog="Example: tcsae export run/sae/tc16-s0 tc16-for-saelens --format saelens")
 def export(
     sae: Annotated[Path, typer.Argument(help="An SAE folder, or a run for all of its SAEs.")],

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from tcsae.evaluate.bench import About, Bench, Measured
 from tcsae.evaluate.config import DEFAULT_SUITES, EvaluateConfig, Suite
 from tcsae.evaluate.core import outliers_left_out
-from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult, read_result, write_result
+from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
 from tcsae.evaluate.subjects import (
@@ -197,7 +197,7 @@ def _finish(
         for suite in config.suites:
             estimates |= results[suite, one.name].estimates
             draws |= results[suite, one.name].draws
-        rows.append(Row(one.name, one.arm, one.seed, one.sae.block_size, estimates, draws))
+        rows.append(Row(one.name, one.arm, one.seed, one.sae.block_size, estimates, draws, one.origin))
     row_of = {row.sae: row for row in rows}
     comparisons = []
     for one in subjects:
@@ -206,6 +206,7 @@ def _finish(
             comparisons.append(_compare(one, row_of[one.name], row_of[control.name]))
     conditions = {
         "tcsae": version("tcsae"),
+        "result_version": RESULT_VERSION,
         "store": None if bench.store_or_none is None else bench.store_or_none.id,
         "model": about.model,
         "model_sha256": about.model_sha256,

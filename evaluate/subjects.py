@@ -45,6 +45,25 @@ class Subject:
         alpha = self.settings.get("alpha")
         return None if alpha is None else float(alpha)
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it is and where it came from, in JSON's types: enough to tell SAEs apart, to know which differ in what,
+        and to find the run again."""
+        ours = self.sae.metadata.get("tcsae") or {}
+        folder = Path(self.where)
+        return {
+            "digest": self.digest,
+            "hook": self.hook,
+            "architecture": self.sae.architecture,
+            "d_sae": self.sae.d_sae,
+            "k": self.sae.k,
+            "steps": ours.get("steps"),
+            "tokens": ours.get("tokens"),
+            "trained_on": ours.get("store"),
+            "settings": dict(self.settings),
+            "folder": str(folder.resolve()) if folder.is_dir() else None,
+        }
+
 
 def find_saes(path: Path) -> list[Path]:
     """The SAE folders at ``path``: itself, or those below ``sae/`` of a run.
