@@ -206,7 +206,7 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help="Where the store's model is found now, if elsewhere.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="Some of core,temporal.")] = "core,temporal",
+    suite: Annotated[str, typer.Option(help="Some of core,temporal,probing.")] = "core,temporal",
     split: Annotated[str, typer.Option(help="Documents to use: test, train or all.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,

@@ -8,8 +8,10 @@ from typing import Literal, get_args
 
 from tcsae.store.errors import ConfigError, UnknownName
 
-Suite = Literal["core", "temporal"]
+Suite = Literal["core", "temporal", "probing"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
+DEFAULT_SUITES: tuple[Suite, ...] = ("core", "temporal")
+"""What is measured where nothing is asked for."""
 
 EvaluatedSplit = Literal["train", "test", "all"]
 
@@ -26,7 +28,7 @@ class EvaluateConfig:
     """activation store that the figures are computed on; a folder or a URL"""
     model: str | None = None
     """hub name, folder or packaged name of the model to replay; None: the store's own"""
-    suites: tuple[Suite, ...] = SUITES
+    suites: tuple[Suite, ...] = DEFAULT_SUITES
     """which groups of metrics"""
     split: EvaluatedSplit = "test"
     """which of the store's documents; figures on "train" are not held out"""
