@@ -12,15 +12,25 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from tcsae.evaluate.bench import Bench, Measured
+from tcsae.evaluate.bench import About, Bench, Measured
 from tcsae.evaluate.config import DEFAULT_SUITES, EvaluateConfig, Suite
-from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult, read_result, write_result
+from tcsae.evaluate.core import outliers_left_out
+from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
-from tcsae.evaluate.subjects import Subject, control_of, find_saes, load_subject, with_unique_names
+from tcsae.evaluate.subjects import (
+    Origin,
+    Subject,
+    control_of,
+    find_saes,
+    load_subject,
+    with_unique_names,
+)
 from tcsae.evaluate.suites import SUITES_IN_ORDER
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
 from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of
+from tcsae.evaluate.token_rows import TokenRows, read_token_rows
+from tcsae.harvest.model import LanguageModel
 from tcsae.store.atomic import exclusive, partial_file
 from tcsae.store.device import choose_device
 from tcsae.store.errors import Interrupted, RunBusy
@@ -54,23 +64,43 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Interrupted
         Ctrl-C; finished results stay
     """
-    store = ActivationStore.open(config.store)
-    subjects = with_unique_names(
-        [load_subject(folder, store) for path in config.saes for folder in find_saes(path)]
-    )
-    return evaluate_subjects(subjects, store, config)
+    store = None if config.store is None else ActivationStore.open(config.store)
+    rows = None if config.tokens is None else read_token_rows(config.tokens)
+    folders = [folder for path in config.saes for folder in find_saes(path)]
+    model = None
+    if store is not None:
+        origin = Origin.of_store(store)
+    else:
+        from tcsae.harvest.model import load_model
+
+        assert config.model is not None  # the configuration rejects it
+        model = load_model(config.model, device=config.device)
+        origin = Origin.of_model(model)
+    subjects = with_unique_names([load_subject(folder, origin) for folder in folders])
+    return evaluate_subjects(subjects, store, config, rows=rows, model=model)
 
 
 def evaluate_subjects(
-    subjects: Sequence[Subject], store: ActivationStore, config: EvaluateConfig
+    subjects: Sequence[Subject],
+    store: ActivationStore | None,
+    config: EvaluateConfig,
+    *,
+    rows: TokenRows | None = None,
+    model: LanguageModel | None = None,
 ) -> Evaluation:
-    """As `evaluate`, for SAEs that are already loaded (reference SAEs, for instance)."""
-    if store.provenance.truth is not None and config.suites == DEFAULT_SUITES:
+    """As `evaluate`, for SAEs, and perhaps a model, that are already loaded."""
+    if store is not None and store.provenance.truth is not None and config.suites == DEFAULT_SUITES:
         config = replace(config, suites=(*DEFAULT_SUITES, "truth"))
-    held_out = {
-        hook: HeldOut(store, hook, config.split) for hook in dict.fromkeys(one.hook for one in subjects)
-    }
-    bench = Bench(config, store, held_out)
+    hooks = dict.fromkeys(one.hook for one in subjects)
+    held_out = (
+        {hook: HeldOut(store, hook, config.split) for hook in hooks}
+        if store is not None and rows is None
+        else {}
+    )
+    bench = Bench(config, store, held_out, rows, model)
+    if rows is not None:
+        model = bench.language_model
+        rows.check(model.vocab_size, model.max_context, model.special_token_ids)
     # before anything is measured: the temporal suite alone can take long
     choose_device(config.device)
     for suite in SUITES_IN_ORDER:
@@ -121,10 +151,10 @@ def _write(one: Subject, suite: Suite, measured: Measured, bench: Bench) -> None
     if measured.features is not None:
         with partial_file(bench.config.out / "features" / f"{one.name}.parquet") as beside:
             pq.write_table(measured.features, beside, compression="zstd")
-    write_result(*_paths(bench.config, suite, one), _envelope(one, measured, bench.store), measured.result)
+    write_result(*_paths(bench.config, suite, one), _envelope(one, measured, bench.about), measured.result)
 
 
-def _envelope(one: Subject, measured: Measured, store: ActivationStore) -> dict[str, Any]:
+def _envelope(one: Subject, measured: Measured, about: About) -> dict[str, Any]:
     """SAEBench's envelope, all of its keys but the unstructured part."""
     sae = one.sae
     return {
@@ -142,10 +172,10 @@ def _envelope(one: Subject, measured: Measured, store: ActivationStore) -> dict[
             "architecture": sae.architecture,
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
-            "model_name": store.provenance.model,
+            "model_name": about.model,
             "hook_name": one.hook,
-            "context_size": store.provenance.context_length,
-            "prepend_bos": store.provenance.bos_token_id is not None,
+            "context_size": about.context_length,
+            "prepend_bos": about.has_bos,
             "dtype": "float32",
             "k": sae.k,
             "block_size": sae.block_size,
@@ -159,7 +189,7 @@ def _finish(
     bench: Bench,
 ) -> Evaluation:
     """Summary, comparisons and figure from the results of all suites."""
-    config, store, held_out = bench.config, bench.store, bench.held_out
+    config, about = bench.config, bench.about
     rows = []
     for one in subjects:
         estimates: dict[str, Estimate] = {}
@@ -167,42 +197,43 @@ def _finish(
         for suite in config.suites:
             estimates |= results[suite, one.name].estimates
             draws |= results[suite, one.name].draws
-        rows.append(Row(one.name, one.arm, one.seed, one.sae.block_size, estimates, draws))
+        rows.append(Row(one.name, one.arm, one.seed, one.sae.block_size, estimates, draws, one.origin))
     row_of = {row.sae: row for row in rows}
     comparisons = []
     for one in subjects:
         control = control_of(one, subjects)
         if control is not None:
             comparisons.append(_compare(one, row_of[one.name], row_of[control.name]))
-    first = next(iter(held_out.values()))
-    made = store.provenance
     conditions = {
         "tcsae": version("tcsae"),
-        "store": store.id,
-        "model": made.model,
-        "model_sha256": made.model_sha256,
-        "corpus": made.corpus,
-        "hooks": list(held_out),
-        "n_documents": first.n_documents,
-        "n_tokens": first.n_tokens,
+        "result_version": RESULT_VERSION,
+        "store": None if bench.store_or_none is None else bench.store_or_none.id,
+        "model": about.model,
+        "model_sha256": about.model_sha256,
+        "corpus": about.corpus,
+        "hooks": list(dict.fromkeys(one.hook for one in subjects)),
+        "n_documents": about.n_documents,
+        "n_tokens": about.n_tokens,
         "suites": list(config.suites),
         "max_tokens": config.max_tokens,
         "batch_size": config.batch_size,
         **bench.conditions,
     }
+    if bench.rows is not None:
+        conditions |= {"tokens_sha256": bench.rows.sha256, "split": None, "max_tokens": None}
     replayed = replayed_documents(rows)
     left_out = {
-        one.hook: results["core", one.name].facts["store"]["n_outliers_left_out"]
-        for one in subjects
-        if "core" in config.suites
+        one.hook: outliers_left_out(results["core", one.name]) for one in subjects if "core" in config.suites
     }
     if replayed is not None:
         conditions |= {"n_replayed_documents": replayed, "n_outliers_left_out": left_out}
     figure = config.out / "final_metrics.png" if "core" in config.suites else None
     if figure is not None:
+        of_them = f", KL on {replayed} of them" if bench.rows is None else ""
+        unit = "documents" if bench.rows is None else "rows"
         caption = (
-            f"{made.model}, {', '.join(held_out)}; {first.n_documents} {config.split} documents, KL on "
-            f"{replayed} of them; error bars: 95 % bootstrap intervals over documents"
+            f"{about.model}, {', '.join(conditions['hooks'])}; {about.caption}{of_them}; "
+            f"error bars: 95 % bootstrap intervals over {unit}"
         )
         n_outliers = sum(left_out.values())
         final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))

@@ -25,16 +25,17 @@ def table(evaluation: Evaluation) -> str:
     replayed = replayed_documents(evaluation.rows)
     n_outliers = sum(conditions.get("n_outliers_left_out", {}).values())
     left_out = f" ({n_outliers} outlier rows left out)" if n_outliers else ""
-    spliced = (
-        ""
-        if replayed is None
-        else f"Loss recovered and KL: model replayed with the SAE spliced in, on {replayed} of them; the rest: "
-    )
-    note = (
-        f"{conditions['n_documents']} {conditions['split']} documents; in brackets 95 % bootstrap intervals over "
-        f"documents. {spliced}stored activations{left_out}. "
-        f"ac{TABLE_LAG}: mean lag-{TABLE_LAG} autocorrelation of live features, ac{TABLE_LAG} H: of block H."
-    )
+    if conditions.get("tokens_sha256"):
+        unit, text = "rows", f"{conditions['n_documents']} rows"
+        sources = "All figures: the model replayed on them."
+    else:
+        unit, text = "documents", f"{conditions['n_documents']} {conditions['split']} documents"
+        replay = f"Loss recovered and KL: model replayed with the SAE spliced in, on {replayed} of them; the rest: "
+        sources = (
+            f"{replay if replayed is not None else ''}stored activations{left_out}. "
+            f"ac{TABLE_LAG}: mean lag-{TABLE_LAG} autocorrelation of live features, ac{TABLE_LAG} H: of block H."
+        )
+    note = f"{text}; in brackets 95 % bootstrap intervals over {unit}. {sources}"
     lines += textwrap.wrap(note, WIDTH)
     for comparison in evaluation.comparisons:
         # a minus sign is no hyphen to break at
