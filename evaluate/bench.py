@@ -116,6 +116,11 @@ class Bench:
         return choose_device(self.config.device)
 
     @property
+    def has_model(self) -> bool:
+        """Whether there is a language model to replay: none made a store that has a truth."""
+        return self.rows is not None or self.store.provenance.truth is None
+
+    @property
     def model(self) -> ReplayModel:
         """`language_model` as the splice knows it."""
         return cast(ReplayModel, self.language_model)
@@ -127,8 +132,9 @@ class Bench:
         Raises
         ------
         StoreMismatch
-            the weights or the tokenizer are not those of the store
+            the weights or the tokenizer are not those of the store, or no model made it
         """
+        self.check_model()
         # imported here, where it is used: what the store alone gives needs no model
         from tcsae.harvest.model import load_model
 
@@ -146,6 +152,15 @@ class Bench:
                     f"{model.name} has {what} {theirs[:12]}…; name the store's own model or harvest again"
                 )
         return model
+
+    def check_model(self) -> None:
+        """Raise `StoreMismatch` if no language model made the store, so that there is none to replay."""
+        made = None if self.store_or_none is None else self.store_or_none.provenance
+        if made is not None and made.truth is not None:
+            raise StoreMismatch(
+                f"{self.store.url}: made from a known dictionary by no language model, so there is none to replay; "
+                "use --suite core,temporal,probing,truth"
+            )
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:

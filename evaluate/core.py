@@ -52,6 +52,9 @@ METRICS = (
     Metric("kl_score_mean", "1", NO_EFFECT),
 )
 
+NO_MODEL = "no language model made the store"
+"""why a synthetic store has no replay figures"""
+
 NO_INTERVAL = "no interval, because a resample has fewer different documents, hence more silent features"
 
 
@@ -218,3 +221,30 @@ def core_result(
         metrics,
         saebench.details(featurewise),
     )
+
+
+def core_result_without_model(
+    sae: SAE, print_: str, held_out: HeldOut, conditions: dict[str, Any], advance: Callable[[int], None]
+) -> CoreResult:
+    """The core suite's result on a store that no language model made: what the rows alone give.
+
+    All figures of a replay, SAEBench's included, are undefined and say why; ``advance`` is told the rows read.
+    """
+    estimates, draws, activations = store_part(
+        sae,
+        held_out,
+        n_bootstrap=conditions["n_bootstrap"],
+        seed=conditions["seed"],
+        advance=advance,
+    )
+    reason = f"undefined, because {NO_MODEL}"
+    replayed = {metric.name: Estimate.count(metric.name, metric.unit, None, 0, reason) for metric in METRICS}
+    nothing = {name: float("nan") for names in saebench.CATEGORIES.values() for name in names}
+    metrics, undefined = saebench.by_category(nothing)
+    facts = {
+        "conditions": conditions,
+        STORED: {"metrics": list(estimates), **activations},
+        "replay": {"metrics": list(replayed), "n_batches": 0},
+        "undefined": dict.fromkeys(undefined, reason),
+    }
+    return CoreResult(SuiteResult(print_, {**estimates, **replayed}, draws, facts), metrics, [])

@@ -7,7 +7,7 @@ from typing import Any
 
 from tcsae.evaluate.bench import Bench, Measured
 from tcsae.evaluate.config import EvaluateConfig, Suite
-from tcsae.evaluate.core import CoreResult, core_result, run_replay
+from tcsae.evaluate.core import CoreResult, core_result, core_result_without_model, run_replay
 from tcsae.evaluate.core_checkpoint import ReplayCheckpoint
 from tcsae.evaluate.core_replay import Replay
 from tcsae.evaluate.core_text import ReplayText, text_of_rows, text_of_store
@@ -40,8 +40,9 @@ class CoreSuite:
         by_hook: dict[str, list[Subject]] = {}
         for one in subjects:
             by_hook.setdefault(one.hook, []).append(one)
+        measure = _measure_hook if bench.has_model else _measure_rows
         for hook, ones in by_hook.items():
-            yield from _measure_hook(hook, ones, [print_of[one.name] for one in ones], bench)
+            yield from measure(hook, ones, [print_of[one.name] for one in ones], bench)
 
 
 def _measure_hook(
@@ -60,6 +61,18 @@ def _measure_hook(
             found = core_result(saes[at], at, print_, replay, text, _conditions(bench), bar.update)
             yield one, _measured(found, bench)
     checkpoint.remove()
+
+
+def _measure_rows(
+    hook: str, ones: Sequence[Subject], prints: Sequence[str], bench: Bench
+) -> Iterator[tuple[Subject, Measured]]:
+    """What the stored activations of a store give that no language model made."""
+    held_out = bench.held_out[hook]
+    with progress(held_out.n_tokens * len(ones), "row", "core: stored activations") as bar:
+        for one, print_ in zip(ones, prints, strict=True):
+            sae = one.sae.to(bench.device)
+            found = core_result_without_model(sae, print_, held_out, _conditions(bench), bar.update)
+            yield one, _measured(found, bench)
 
 
 def _text(hook: str, bench: Bench) -> ReplayText:

@@ -229,7 +229,7 @@ def _finish(
         conditions |= {"n_replayed_documents": replayed, "n_outliers_left_out": left_out}
     figure = config.out / "final_metrics.png" if "core" in config.suites else None
     if figure is not None:
-        of_them = f", KL on {replayed} of them" if bench.rows is None else ""
+        of_them = f", KL on {replayed} of them" if bench.rows is None and replayed is not None else ""
         unit = "documents" if bench.rows is None else "rows"
         caption = (
             f"{about.model}, {', '.join(conditions['hooks'])}; {about.caption}{of_them}; "

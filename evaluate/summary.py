@@ -111,7 +111,7 @@ def replayed_documents(rows: Sequence[Row]) -> int | None:
     The replay stops at ``max_tokens``, so these are fewer than the store's figures rest on.
     """
     found = [row.estimates["loss_recovered"].n_documents for row in rows if "loss_recovered" in row.estimates]
-    return max(found, default=None)
+    return max(found, default=0) or None
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:

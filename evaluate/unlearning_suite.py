@@ -49,6 +49,7 @@ class UnlearningSuite:
 
     def check(self, subjects: Sequence[Subject], bench: Bench) -> None:
         """Refuse unknown or small domains and hooks that nothing can be spliced in at."""
+        bench.check_model()
         check_spliceable(subjects)
         draw_domains(bench.store, bench.config)
 
