@@ -7,6 +7,7 @@ thousands of others in a variance) and count them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,25 +108,29 @@ class HeldOut:
         """
         return torch.arange(self.n_documents) % min(most, self.n_documents)
 
-    def blocks(self, rows: int = BLOCK_ROWS, among: Indices | None = None) -> Iterator[Block]:
-        """Every stored token of the split once, in order, about ``rows`` at a time, contexts whole.
+    def only(self, contexts: Indices) -> HeldOut:
+        """The same documents with those of their contexts alone that are among ``contexts``, in order."""
+        part = copy.copy(self)
+        chosen = np.isin(self.contexts, contexts)
+        part.contexts, part._document_of_context = self.contexts[chosen], self._document_of_context[chosen]
+        part.start, part.length = self.start[chosen], self.length[chosen]
+        return part
 
-        ``among``: only these of `contexts`, by their place in it, in the order given.
-        """
-        wanted = np.arange(len(self.contexts)) if among is None else among
-        ends = np.cumsum(self.length[wanted])
+    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+        """Every stored token of the split once, in order, about ``rows`` at a time, contexts whole."""
+        ends = np.cumsum(self.length)
         first = 0
-        while first < len(wanted):
+        while first < len(self.contexts):
             done = int(ends[first - 1]) if first else 0
             last = max(first + 1, int(np.searchsorted(ends, done + rows, side="right")))
-            yield self._block(wanted[first:last])
+            yield self._block(range(first, last))
             first = last
 
-    def _block(self, contexts: Indices) -> Block:
+    def _block(self, contexts: range) -> Block:
         spans = [(int(self.start[c]), int(self.start[c] + self.length[c])) for c in contexts]
         x = torch.cat([self.store.rows(a, b, self.hook) for a, b in spans]).to(torch.float32)
         tokens = np.concatenate([self.store.tokens[a:b] for a, b in spans])
-        lengths = self.length[contexts]
+        lengths = self.length[contexts.start : contexts.stop]
         real = torch.from_numpy(~np.isin(tokens, self._special))
         outlier = torch.linalg.vector_norm(x, dim=-1) > self.outlier_norm
         return Block(
@@ -133,8 +138,10 @@ class HeldOut:
             kept=real & ~outlier,
             n_outliers=int((real & outlier).sum()),
             position=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
-            context=torch.from_numpy(np.repeat(self.contexts[contexts], lengths)),
-            document=torch.from_numpy(np.repeat(self._document_of_context[contexts], lengths)),
+            context=torch.from_numpy(np.repeat(self.contexts[contexts.start : contexts.stop], lengths)),
+            document=torch.from_numpy(
+                np.repeat(self._document_of_context[contexts.start : contexts.stop], lengths)
+            ),
         )
 
     def batches(self, max_tokens: int, batch_size: int, seed: int) -> list[Batch]:
