@@ -50,7 +50,8 @@ def test_evaluate_takes_of_train_only_what_loads_an_sae():
         for name in imports_of(path)
         if name.startswith("train")
     }
-    assert used <= {"train.saelens", "train.sae", "train.sae.inference", "train.run"}
+    # untrained: the initial weights of an SAE, as a reference
+    assert used <= {"train.saelens", "train.sae", "train.sae.inference", "train.run", "train.untrained"}
 
 
 def test_nothing_imports_a_package_of_ours_without_its_prefix():
