@@ -11,7 +11,7 @@ import numpy as np
 from tcsae.evaluate.estimates import Draws
 from tcsae.evaluate.intervals import interval
 from tcsae.evaluate.summary import Row
-from tcsae.train.figure_style import SMALL, colour, explain, hatch, one_column, save_png
+from tcsae.train.figure_style import SMALL, colour, explain, hatch, one_column, save_png, title_place
 
 ROOMY = 4
 """Arms up to which there is room for each bar's figure above it."""
@@ -36,7 +36,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("explained_variance", "Explained Variance", "explained variance ratio", "higher is better"),
     Panel("mse_per_dimension", "Mean Squared Error", "squared error per dimension", "lower is better"),
-    Panel("kl_sae", "KL Divergence", "KL to the clean model (nats)", "lower is better"),
+    Panel("kl_sae", "KL Divergence", "KL to clean model (nats)", "lower is better"),
 )
 
 
@@ -97,7 +97,7 @@ def draw_final(bars: Mapping[str, Sequence[Bar]], arms: Sequence[str], path: Pat
     from matplotlib.patches import Patch
 
     numbered = sum(map(len, arms)) > MOST_LABEL
-    with one_column(42) as figure:
+    with one_column(46) as figure:
         for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
             _draw(axes, panel, bars[panel.metric], arms, numbered=numbered)
         labels = [f"{at + 1}  {arm}" for at, arm in enumerate(arms)] if numbered else []
@@ -110,7 +110,7 @@ def draw_final(bars: Mapping[str, Sequence[Bar]], arms: Sequence[str], path: Pat
 
 
 def _draw(axes: Any, panel: Panel, bars: Sequence[Bar], arms: Sequence[str], *, numbered: bool) -> None:
-    axes.set_title(panel.title)
+    axes.set_title(panel.title, loc=title_place(panel.title))
     axes.set_ylabel(f"{panel.axis}\n({panel.better})")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)

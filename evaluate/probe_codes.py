@@ -18,7 +18,6 @@ from tcsae.evaluate.probe_samples import (
     MAX_TEST_CONTEXTS,
     MAX_TRAIN_CONTEXTS,
     MIN_TOKENS,
-    Chosen,
     NoTask,
     Side,
     Task,
@@ -54,15 +53,15 @@ class Pooled:
 
 
 @torch.no_grad()
-def pooled(encode: Encode, chosen: Chosen, width: int, advance: Callable[[int], Any]) -> Pooled:
-    """Mean codes of the chosen contexts; ``len(chosen.at) * width * 4`` bytes, whatever the store's length.
+def pooled(encode: Encode, chosen: HeldOut, width: int, advance: Callable[[int], Any]) -> Pooled:
+    """Mean codes of the chosen contexts; contexts times ``width`` times 4 bytes, whatever the store's length.
 
     ``advance`` is told the number of tokens read.
     """
-    mean = np.empty((len(chosen.at), width), dtype=np.float32)
-    usable = np.empty(len(chosen.at), dtype=bool)
+    mean = np.empty((len(chosen.contexts), width), dtype=np.float32)
+    usable = np.empty(len(chosen.contexts), dtype=bool)
     first = 0
-    for block in chosen.held_out.only(chosen.held_out.contexts[chosen.at]).blocks():
+    for block in chosen.blocks():
         _, index = torch.unique_consecutive(block.context, return_inverse=True)
         n_contexts = int(index[-1]) + 1
         # a masked row may hold anything, and 0 * inf would be nan
@@ -100,18 +99,19 @@ class ProbeData:
         raw = [pooled(lambda x: x, side, width, advance) for side in self.sides]
         self._usable = [one.is_usable for one in raw]
         chosen = [
-            Chosen(side.held_out, side.at[usable])
-            for side, usable in zip(self.sides, self._usable, strict=True)
+            side.only(side.contexts[usable]) for side, usable in zip(self.sides, self._usable, strict=True)
         ]
         gates: dict[str, Task | NoTask] = {
             "position": position_task(chosen[0], chosen[1], seed),
             "token": token_task("token", chosen[0], chosen[1], seed),
             "previous_token": token_task("previous_token", chosen[0], chosen[1], seed),
         }
-        self._rows: dict[str, list[Float32[np.ndarray, "row d_model"]]] = {}
+        self._rows: dict[str, list[Float32[np.ndarray, "_ d_model"]]] = {}
         for name, task in gates.items():
             if isinstance(task, Task):
-                gates[name], self._rows[name] = _without_outliers(task, train)
+                gates[name], rows = _without_outliers(task, train)
+                if rows:
+                    self._rows[name] = rows
         self.tasks: dict[str, Task | NoTask] = {
             **{name: context_task(name, chosen[0], chosen[1]) for name in CONTEXT_TASKS},
             **gates,
@@ -137,8 +137,8 @@ class ProbeData:
 
     def _by_task(
         self,
-        means: list[Float32[np.ndarray, "context feature"]],
-        of_rows: Callable[[Float32[np.ndarray, "row d_model"]], Codes],
+        means: list[Float32[np.ndarray, "_ feature"]],
+        of_rows: Callable[[Float32[np.ndarray, "_ d_model"]], Codes],
     ) -> dict[str, tuple[Codes, Codes]]:
         found: dict[str, tuple[Codes, Codes]] = {}
         for name in CONTEXT_TASKS:
@@ -150,7 +150,9 @@ class ProbeData:
         return found
 
 
-def _without_outliers(task: Task, held_out: HeldOut) -> tuple[Task, list[Float32[np.ndarray, "row d_model"]]]:
+def _without_outliers(
+    task: Task, held_out: HeldOut
+) -> tuple[Task | NoTask, list[Float32[np.ndarray, "_ d_model"]]]:
     """The task without the rows that are outliers at the hook, and the activations of those that stay."""
     sides, rows = [], []
     for side in (task.train, task.test):
@@ -158,6 +160,8 @@ def _without_outliers(task: Task, held_out: HeldOut) -> tuple[Task, list[Float32
         kept = (torch.linalg.vector_norm(x, dim=-1) <= held_out.outlier_norm).numpy()
         sides.append(Side(*(column[kept] for column in side)))
         rows.append(x.numpy()[kept])
+        if len(np.unique(sides[-1].label)) < len(task.classes):
+            return NoTask(task.name, "all samples of a class are outliers"), []
     return replace(task, train=sides[0], test=sides[1]), rows
 
 

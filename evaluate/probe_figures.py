@@ -100,6 +100,7 @@ def fit(
     binary: dict[Probe, list[Predicted] | Undefined] = {}
     chosen: dict[str, list[int]] = {}
     most = max(size for size in SIZES if size is not None)
+    most_binary = max(size for size in SAEBENCH_SIZES if size is not None)
     for part, features in parts.items():
         turns = features[in_turns(scaled[:, features], most)]
         chosen[part] = turns.tolist()
@@ -113,9 +114,7 @@ def fit(
     for part in one_vs_rest_of:
         features = parts[part]
         every = features[varies[features]]
-        order = [
-            features[in_turns(raw[[one]][:, features], len(features))] for one in range(len(task.classes))
-        ]
+        order = [features[in_turns(raw[[one]][:, features], most_binary)] for one in range(len(task.classes))]
         for size in SAEBENCH_SIZES:
             undefined = _undefined(part, features, every if size is None else order[0][:size], size)
             binary[part, size] = undefined or [

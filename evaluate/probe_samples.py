@@ -105,35 +105,15 @@ class NoTask:
     """why, to follow "undefined, because" """
 
 
-class Chosen(NamedTuple):
-    """Contexts of one split that probes use."""
-
-    held_out: HeldOut
-    """the split"""
-    at: Int64[np.ndarray, " context"]
-    """places in ``held_out.contexts``, ascending"""
-
-    @property
-    def document(self) -> Indices:
-        """Index in the store of each context's document."""
-        document: Indices = self.held_out.store.document_of_context[self.held_out.contexts[self.at]]
-        return document
-
-    @property
-    def n_tokens(self) -> int:
-        """stored tokens in them"""
-        return int(self.held_out.length[self.at].sum())
-
-
-def choose_contexts(held_out: HeldOut, most: int, seed: int) -> Chosen:
-    """At most ``most`` contexts (those of one document at least), all that there are where they are fewer.
+def choose_contexts(held_out: HeldOut, most: int, seed: int) -> HeldOut:
+    """``held_out`` with at most ``most`` of its contexts (those of one document at least).
 
     Documents are dealt out by source and topic in turn, so that rare classes come first where not all
     documents fit; of each document at most `CONTEXTS_PER_DOCUMENT` contexts are drawn.
     """
     generator = np.random.default_rng(seed)
     table = held_out.store.documents
-    document_of = held_out.store.document_of_context[held_out.contexts]
+    document_of = _documents(held_out)
     drawn = generator.permutation(len(document_of))
     drawn = drawn[held_out.length[drawn] >= MIN_TOKENS]
     drawn = drawn[_rank_within(document_of[drawn]) < CONTEXTS_PER_DOCUMENT]
@@ -143,7 +123,14 @@ def choose_contexts(held_out: HeldOut, most: int, seed: int) -> Chosen:
     documents = documents[turn]
     n_contexts = np.bincount(document_of[drawn], minlength=held_out.store.n_documents)[documents]
     n_documents = max(1, int(np.searchsorted(np.cumsum(n_contexts), most, side="right")))
-    return Chosen(held_out, np.sort(drawn[np.isin(document_of[drawn], documents[:n_documents])]))
+    chosen = drawn[np.isin(document_of[drawn], documents[:n_documents])]
+    return held_out.only(held_out.contexts[chosen])
+
+
+def _documents(held_out: HeldOut) -> Indices:
+    """Index in the store of each context's document."""
+    found: Indices = held_out.store.document_of_context[held_out.contexts]
+    return found
 
 
 def _rank_within(keys: Indices) -> Indices:
@@ -159,24 +146,25 @@ def _rank_within(keys: Indices) -> Indices:
     return rank
 
 
-def context_task(name: ContextTask, train: Chosen, test: Chosen) -> Task | NoTask:
+def context_task(name: ContextTask, train: HeldOut, test: HeldOut) -> Task | NoTask:
     """The probe of documents' topics or sources, one sample a context."""
-    column = train.held_out.store.documents[name].to_pylist()
+    column = train.store.documents[name].to_pylist()
     named = {value for value in column if value is not None}
     if len(named) < 2:
         only = f"every document has the one {name} {next(iter(named))!r}" if named else f"no {name} is named"
         return NoTask(name, f"{only} in the store")
     sides = []
     for side in (train, test):
-        known = np.array([column[d] is not None for d in side.document], dtype=bool)
-        names = np.array([column[d] for d in side.document[known]], dtype=str)
-        sides.append((np.flatnonzero(known), names, side.document[known]))
+        document = _documents(side)
+        known = np.array([column[d] is not None for d in document], dtype=bool)
+        names = np.array([column[d] for d in document[known]], dtype=str)
+        sides.append((np.flatnonzero(known), names, document[known]))
     return _task(name, sides, MAX_CLASSES)
 
 
-def position_task(train: Chosen, test: Chosen, seed: int) -> Task | NoTask:
+def position_task(train: HeldOut, test: HeldOut, seed: int) -> Task | NoTask:
     """The probe of a token's place in its context."""
-    longest = max(int(side.held_out.length[side.at].max(initial=0)) for side in (train, test))
+    longest = max(int(side.length.max(initial=0)) for side in (train, test))
     if longest < SKIPPED_POSITIONS + N_POSITION_BUCKETS:
         return NoTask(
             "position",
@@ -187,9 +175,9 @@ def position_task(train: Chosen, test: Chosen, seed: int) -> Task | NoTask:
     generator = np.random.default_rng([seed, 1])
     sides = []
     for side, most in ((train, MAX_TRAIN_ROWS), (test, MAX_TEST_ROWS)):
-        full = generator.permutation(side.at[side.held_out.length[side.at] == longest])
+        full = generator.permutation(np.flatnonzero(side.length == longest))
         full = np.sort(full[: most // N_POSITION_BUCKETS])
-        rows = side.held_out.start[full][:, None] + generator.integers(
+        rows = side.start[full][:, None] + generator.integers(
             edges[:-1], edges[1:], size=(len(full), N_POSITION_BUCKETS)
         )
         names = np.array([f"{a}-{b - 1}" for a, b in itertools.pairwise(edges)])
@@ -198,20 +186,19 @@ def position_task(train: Chosen, test: Chosen, seed: int) -> Task | NoTask:
 
 
 def token_task(
-    name: Literal["token", "previous_token"], train: Chosen, test: Chosen, seed: int
+    name: Literal["token", "previous_token"], train: HeldOut, test: HeldOut, seed: int
 ) -> Task | NoTask:
     """The probe of which token stands here, or stood one before."""
     back = 1 if name == "previous_token" else 0
     generator = np.random.default_rng([seed, 2 + back])
     found = []
     for side in (train, test):
-        start, length = side.held_out.start[side.at], side.held_out.length[side.at]
         rows = np.concatenate(
-            [np.arange(a + SKIPPED_POSITIONS, a + n) for a, n in zip(start, length, strict=True)]
+            [np.arange(a + SKIPPED_POSITIONS, a + n) for a, n in zip(side.start, side.length, strict=True)]
         )
         found.append(rows)
-    tokens = train.held_out.store.tokens
-    special = train.held_out.store.provenance.special_token_ids
+    tokens = train.store.tokens
+    special = train.store.provenance.special_token_ids
     ids, counts = np.unique(np.asarray(tokens[found[0] - back]), return_counts=True)
     counts = np.where(np.isin(ids, special), 0, counts)
     frequent = ids[np.argsort(-counts, kind="stable")[:N_TOKENS]]
@@ -230,9 +217,9 @@ Labelled = tuple[Indices, np.ndarray, Indices]
 """Where each sample is, its class's name and its document."""
 
 
-def _of_rows(side: Chosen, rows: Indices, names: np.ndarray) -> Labelled:
+def _of_rows(side: HeldOut, rows: Indices, names: np.ndarray) -> Labelled:
     """Samples at ``rows`` of the store; special tokens are left out."""
-    store = side.held_out.store
+    store = side.store
     real = ~np.isin(store.tokens[rows], store.provenance.special_token_ids)
     document = np.searchsorted(store.document_offsets, rows[real], side="right") - 1
     return rows[real], names[real], document

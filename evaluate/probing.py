@@ -89,7 +89,7 @@ def contrasts(
     return found
 
 
-def in_turns(contrast: Float[np.ndarray, "class feature"], most: int) -> Int64[np.ndarray, " feature"]:
+def in_turns(contrast: Float[np.ndarray, "class feature"], most: int) -> Int64[np.ndarray, " chosen"]:
     """The first ``most`` features that classes choose in turn; fewer where there are no more.
 
     Features without any contrast (NaN) are left out.
@@ -121,7 +121,7 @@ def predict(
     weight: Float[np.ndarray, " sample"],
     test: Codes,
     scale: Float[np.ndarray, " feature"],
-    features: Int64[np.ndarray, " feature"],
+    features: Int64[np.ndarray, " chosen"],
 ) -> Predicted:
     """What a logistic regression on ``features`` of ``train / scale`` says of ``test``."""
     model = LogisticRegression(max_iter=MAX_ITERATIONS)
@@ -133,7 +133,7 @@ def predict(
     return Predicted(found, len(features), converged)
 
 
-def _columns(x: Codes, features: Int64[np.ndarray, " feature"], scale: Float[np.ndarray, " feature"]) -> Any:
+def _columns(x: Codes, features: Int64[np.ndarray, " chosen"], scale: Float[np.ndarray, " feature"]) -> Any:
     chosen = x[:, features]
     if isinstance(chosen, sparse.csr_array):
         return chosen.astype(np.float64) @ sparse.diags_array(1.0 / scale[features])

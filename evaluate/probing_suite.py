@@ -171,7 +171,7 @@ def _measured(
             "skipped_positions_of_gates": SKIPPED_POSITIONS,
             "max_iterations": MAX_ITERATIONS,
         },
-        "n_contexts": {"train": len(data.sides[0].at), "test": len(data.sides[1].at)},
+        "n_contexts": {"train": len(data.sides[0].contexts), "test": len(data.sides[1].contexts)},
         "tasks": tasks,
         "one_vs_rest_of_classes": of_classes,
     }

@@ -6,11 +6,14 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
+from jaxtyping import Float
+from torch import Tensor
 
 from tcsae.evaluate.bench import About, Bench, Measured
 from tcsae.evaluate.config import DEFAULT_SUITES, EvaluateConfig, Suite
@@ -18,6 +21,8 @@ from tcsae.evaluate.core import outliers_left_out
 from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
+from tcsae.evaluate.references import Material, reference_sample, references
+from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import (
     Origin,
     Subject,
@@ -76,8 +81,37 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         assert config.model is not None  # the configuration rejects it
         model = load_model(config.model, device=config.device)
         origin = Origin.of_model(model)
-    subjects = with_unique_names([load_subject(folder, origin) for folder in folders])
-    return evaluate_subjects(subjects, store, config, rows=rows, model=model)
+    if rows is not None and model is not None:
+        rows.check(model.vocab_size, model.max_context, model.special_token_ids)
+    subjects = [load_subject(folder, origin) for folder in folders]
+    subjects += _references(subjects, origin, store, rows, model, config)
+    return evaluate_subjects(with_unique_names(subjects), store, config, rows=rows, model=model)
+
+
+def _references(
+    subjects: Sequence[Subject],
+    origin: Origin,
+    store: ActivationStore | None,
+    rows: TokenRows | None,
+    model: LanguageModel | None,
+    config: EvaluateConfig,
+) -> list[Subject]:
+    """What is evaluated beside ``subjects``, at each of their hooks."""
+
+    def sample(hook: str) -> Float[Tensor, "token d_model"]:
+        if store is not None:
+            return reference_sample(store, hook, config.seed)
+        assert rows is not None
+        assert model is not None
+        return rows.sample(hook, cast(ReplayModel, model), config.batch_size, model.special_token_ids)
+
+    first: dict[str, Subject] = {}
+    for one in subjects:
+        first.setdefault(one.hook, one)
+    materials = [
+        Material(one, origin, store, partial(sample, hook), config.seed) for hook, one in first.items()
+    ]
+    return references(config.references, materials, config.out / "references")
 
 
 def evaluate_subjects(

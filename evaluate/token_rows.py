@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from tcsae.evaluate.heldout import Batch
+from tcsae.evaluate.splice import ReplayModel
 from tcsae.store.errors import ConfigError
 
 MAGIC = b"\x93NUMPY"
@@ -83,6 +85,19 @@ class TokenRows:
                 )
             )
         return found
+
+    @torch.no_grad()
+    def sample(
+        self, hook: str, model: ReplayModel, batch_size: int, special: tuple[int, ...], most: int = 8192
+    ) -> Float[Tensor, "token d_model"]:
+        """Activations of kept tokens, float32, from the first batches, until there are ``most``."""
+        found: list[Tensor] = []
+        for batch in self.batches(batch_size, special):
+            x = model.residuals(batch.input_ids, [hook])[hook]
+            found.append(x[batch.keep.to(x.device)].float().cpu())
+            if sum(map(len, found)) >= most:
+                break
+        return torch.cat(found)
 
 
 def read_token_rows(path: Path) -> TokenRows:

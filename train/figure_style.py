@@ -10,8 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tcsae.store.atomic import write_atomically
 
@@ -39,11 +38,11 @@ DPI = 450
 SMALL = 6.0
 """points: ticks and legends; titles and labels are larger"""
 
-_CHARACTER_MM = 1.12
-"""mean width of a character of that size in DejaVu Sans"""
-
-_HANDLE_MM = 8.0
+_HANDLE_MM = 7.0
 """of a legend's symbol and the room about it"""
+
+_LINE_MM = 2.65
+"""height of a line of the smallest type"""
 
 _RC: dict[Any, Any] = {
     "font.size": 6.5,
@@ -92,35 +91,79 @@ def one_column(height_mm: float) -> Iterator[Figure]:
         yield figure
 
 
-def explain(figure: Figure, handles: Sequence[Any], labels: Sequence[str], text: str) -> float:
-    """Put the legend below the panels and ``text`` below it; the height in mm that they take, added to the figure."""
-    columns = legend_columns(labels)
-    lines = wrap(text, int(WIDTH_MM / _CHARACTER_MM * 1.12), break_on_hyphens=False)
+def explain(figure: Figure, handles: Sequence[Any], labels: Sequence[str], text: str) -> None:
+    """Put a legend below the panels and ``text`` below it; the figure grows by what they need.
+
+    Their heights are known, so the panels keep theirs however many arms there are.
+    """
+    shown = [_shortened(label, WIDTH_MM - _HANDLE_MM) for label in labels]
+    columns = legend_columns(shown)
+    lines = _wrapped(text, WIDTH_MM - 2)
     rows = -(-len(labels) // columns)
-    height = 2.75 * (rows + len(lines)) + 2.5
     width, before = figure.get_size_inches()
-    figure.set_size_inches(width, before + height / 25.4)
-    shown = [
-        label if len(label) <= MOST_CHARACTERS else f"{label[: MOST_CHARACTERS - 1]}…" for label in labels
-    ]
+    total = before * 25.4 + _LINE_MM * (rows + len(lines)) + 3
+    figure.set_size_inches(width, total / 25.4)
+    of_text, below = (_LINE_MM * len(lines) + 1) / total, 1 - before * 25.4 / total
+    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))  # type: ignore[union-attr, call-arg]
     if labels:
-        figure.legend(handles, shown, loc="outside lower center", ncols=columns)
-    figure.supxlabel("\n".join(lines), fontsize=SMALL, color="#333333", linespacing=1.15)
-    return height
+        figure.legend(
+            handles, shown, loc="lower center", bbox_to_anchor=(0.5, of_text), ncols=columns, borderaxespad=0
+        )
+    figure.text(
+        0.5,
+        0.5 / total,
+        "\n".join(lines),
+        fontsize=SMALL,
+        color="#333333",
+        ha="center",
+        va="bottom",
+        linespacing=1.2,
+    )
 
 
-MOST_CHARACTERS = int((WIDTH_MM - _HANDLE_MM) / _CHARACTER_MM)
-"""of one name in a legend; longer ones end in an ellipsis"""
+def title_place(title: str) -> Literal["center", "right"]:
+    """Where the title of one of three panels stands: a long one is wider than its panel and reaches over the label of
+    its y axis."""
+    return "right" if len(title) > 13 else "center"
 
 
 def legend_columns(labels: Sequence[str]) -> int:
     """How many labels stand side by side in one column's width.
 
-    >>> legend_columns(["tc16", "block"]), legend_columns(["a-name-of-30-characters-or-so-"] * 9)
-    (2, 2)
+    >>> legend_columns(["tc16", "block"]), legend_columns(["a-name-of-more-than-forty-characters-or-so-"] * 9)
+    (2, 1)
     """
-    longest = max(map(len, labels), default=0)
-    return max(1, min(len(labels), int(WIDTH_MM // (_HANDLE_MM + _CHARACTER_MM * longest))))
+    longest = max(map(_width_mm, labels), default=0.0)
+    return max(1, min(len(labels), int(WIDTH_MM // (_HANDLE_MM + longest))))
+
+
+def _width_mm(text: str) -> float:
+    """Of ``text`` in the smallest type."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    plain = text.replace("$", "S")  # a dollar would begin a formula
+    width, _, _ = text_to_path.get_text_width_height_descent(plain, FontProperties(size=SMALL), ismath=False)
+    return float(width) / 72 * 25.4
+
+
+def _shortened(text: str, most_mm: float) -> str:
+    """``text``, or its beginning with an ellipsis where it is wider than ``most_mm``."""
+    kept = text
+    while len(kept) > 1 and _width_mm(kept) > most_mm:
+        kept = kept[:-2].rstrip("…") + "…"
+    return kept.replace("$", r"\$")
+
+
+def _wrapped(text: str, most_mm: float) -> list[str]:
+    """``text`` in lines of at most ``most_mm``."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _width_mm(f"{lines[-1]} {word}") <= most_mm:
+            lines[-1] = f"{lines[-1]} {word}"
+        else:
+            lines.append(_shortened(word, most_mm))
+    return lines
 
 
 def colour(index: int) -> str:

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tcsae.store.errors import RunError
 from tcsae.train.config import ArmConfig, TrainConfig
-from tcsae.train.figure_style import colour, dash, explain, one_column, save_png
+from tcsae.train.figure_style import colour, dash, explain, one_column, save_png, title_place
 from tcsae.train.run import Run, own_config
 
 _PANELS = (
@@ -67,7 +67,9 @@ def plot_training(metrics: Path, figure: Path, config: TrainConfig) -> None:
     draw_training(pq.read_table(metrics), {arm.name: arm for arm in config.arms}, figure)
 
 
-def draw_training(table: pa.Table, arms: Mapping[str, ArmConfig], figure: Path) -> None:
+def draw_training(
+    table: pa.Table, arms: Mapping[str, ArmConfig], figure: Path, order: Sequence[str] = ()
+) -> None:
     """Draw the three panels of one or more runs into ``figure``, one colour an arm.
 
     Several seeds of one arm are their mean, in a band from the lowest to the highest. An arm without a block has no
@@ -83,15 +85,17 @@ def draw_training(table: pa.Table, arms: Mapping[str, ArmConfig], figure: Path) 
         the configurations of the arms in it, by the name that the table has
     figure
         the PNG to write
+    order
+        all arms that other figures show, so that an arm has its colour there; by default those of the table
     """
     names = list(dict.fromkeys(table["arm"].to_pylist()))
     contrast, others = _comparable(arms)
     most_seeds = 1
-    with one_column(42) as drawing:
+    with one_column(44) as drawing:
         panels = drawing.subplots(1, 3)
         for axes, (column, title, label) in zip(panels, _PANELS, strict=True):
-            for i, name in enumerate(names):
-                if label is None and name in others:
+            for i, name in enumerate(order or names):
+                if name not in names or (label is None and name in others):
                     continue
                 step, values = over_seeds(table, name, column)
                 most_seeds = max(most_seeds, len(values))
@@ -160,7 +164,7 @@ def over_seeds(
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:
-    axes.set_title(title)
+    axes.set_title(title, loc=title_place(title))
     axes.set_xlabel("training steps")
     axes.set_ylabel(fill(label, 24))
     axes.grid(alpha=0.25)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -149,9 +148,7 @@ def _common_name(group: Sequence[Arm]) -> str:
     bare = {_without_k(arm.name, arm.k) for arm in group}
     if len(bare) == 1:
         return bare.pop()
-    return os.path.commonprefix([arm.name for arm in group]).rstrip("-_k") or "/".join(
-        arm.name for arm in group
-    )
+    return "/".join(arm.name for arm in group)
 
 
 def _without_k(name: str, k: int | None) -> str:
@@ -230,6 +227,6 @@ def _primary(contrasted: Sequence[Family]) -> tuple[Family | None, str | None]:
     if len(registered) == 1:
         return registered[0], None
     return None, (
-        f"{', '.join(f'{one.name} (alpha {one.alpha})' for one in found)} are all of window {recipe['window']}, and not "
+        f"{', '.join(f'{one.name} (alpha {one.alpha})' for one in found)} all have window {recipe['window']}, and not "
         f"exactly one has the registered alpha = {recipe['alpha']}; compare the folders of one of them"
     )

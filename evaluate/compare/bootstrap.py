@@ -18,7 +18,8 @@ it has the normal's quantiles where Student's would be right. So the levels that
 
     z becomes t_df sqrt(V) / (spread of the draws)
 
-    V = V_seeds + sum_k (V_k - V_ks),   df = V^2 / (V_seeds^2 / (S - 1) + sum_k V_k^2 / (n_k - 1) + V_ks^2 / ((n_k - 1) (S - 1)))
+    V = V_seeds + sum_k (V_k - V_ks)
+    df = V^2 / (V_seeds^2 / (S - 1) + sum_k V_k^2 / (n_k - 1) + V_ks^2 / ((n_k - 1) (S - 1)))
 
 V_seeds and V_k are the variances of the figure over S seeds and over n_k documents, V_ks that of their interaction,
 which both contain (analysis of variance of the crossed values y_si = theta_s + n_k u_si, df by Satterthwaite). With
@@ -29,6 +30,7 @@ distribution goes on as the normal one with their spread.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -93,16 +95,19 @@ class Ends:
     """percentile where BCa does not exist"""
 
 
+@lru_cache(maxsize=16)
 def seed_counts(n_seeds: int, n_resamples: int) -> Float[np.ndarray, "resample seed"]:
     """How often each seed is drawn in each resample; a function of its arguments, so that all figures of the same
-    seeds are resampled together.
+    seeds are resampled together. The array is shared, hence read-only.
 
     >>> seed_counts(3, 2).sum(axis=1).tolist()
     [3.0, 3.0]
     """
     generator = np.random.default_rng(n_seeds)
     share = np.full(n_seeds, 1.0 / n_seeds)
-    return generator.multinomial(n_seeds, share, size=n_resamples).astype(np.float64)
+    counts = generator.multinomial(n_seeds, share, size=n_resamples).astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
 def over_seeds(figure: PerSeed, n_resamples: int = N_RESAMPLES) -> Resampled:
@@ -129,8 +134,8 @@ def over_seeds(figure: PerSeed, n_resamples: int = N_RESAMPLES) -> Resampled:
 def _influence(left_out: Float[np.ndarray, "seed unit"]) -> Float[np.ndarray, "seed unit"]:
     """What each unit adds to each seed's figure, about 0."""
     n = left_out.shape[1]
-    apart: Array = left_out.mean(axis=1, keepdims=True) - left_out
-    return (n - 1) / n * apart
+    influence: Array = (n - 1) / n * (left_out.mean(axis=1, keepdims=True) - left_out)
+    return influence
 
 
 def _variance(value: Array, influences: list[Array]) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 """Features of two SAEs that are the same feature: matched one to one by their decoder rows.
 
-Features are not exchangeable between SAEs, so nothing about single features may be compared by their numbers. Rows of the
-two decoders are assigned one to one so that the sum of cosines is largest (Kuhn 1955; `scipy.optimize`); a match is an
-assigned pair with a cosine above `LEAST_COSINE`. Only features that fire in both SAEs take part: two SAEs of one seed begin
-with the same rows, and a row that never learned would match itself.
+Features are not exchangeable between SAEs, so nothing about single features may be compared by their numbers. Rows of
+the two decoders are assigned one to one so that the sum of cosines is largest (Kuhn 1955; `scipy.optimize`); a match is
+an assigned pair with a cosine above `LEAST_COSINE`. Only features that fire in both SAEs take part: two SAEs of one
+seed begin with the same rows, and a row that never learned would match itself.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ COMPARED_COLUMNS = (
 """Columns of the tables of features whose change is reported."""
 
 CAUTION = (
-    "Only matched features; what an SAE has lost or found anew is not among them, so the changes say nothing of the whole "
-    "dictionary. Features of one SAE are not independent: the interval over features is too narrow where they change "
-    "together."
+    "Only matched features; what an SAE has lost or found anew is not among them, so the changes say nothing of the "
+    "whole dictionary. Features of one SAE are not independent: the interval over features is too narrow where they "
+    "change together."
 )
 
 

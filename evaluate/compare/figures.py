@@ -21,8 +21,8 @@ from tcsae.evaluate.compare.folders import Evaluated
 from tcsae.evaluate.compare.front import COSTS, Point
 from tcsae.evaluate.plots import PANELS, Bar, draw_final
 from tcsae.store.errors import TcsaeError
-from tcsae.train.figure_style import colour, dash, explain, marker, one_column, save_png
 from tcsae.train.config import ArmConfig
+from tcsae.train.figure_style import colour, dash, explain, marker, one_column, save_png
 from tcsae.train.plots import draw_training
 from tcsae.train.run import Run, own_config
 
@@ -42,7 +42,7 @@ def errors_of(arms: Sequence[Arm]) -> str:
     counts = sorted({len(arm.saes) for arm in arms})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     if counts[-1] == 1:
-        return "error bars: 95 % intervals over documents only, 1 seed"
+        return "error bars: 95 % bootstrap intervals over documents only, 1 seed"
     few = "" if counts[0] >= 5 else f"; {few_seeds(counts[0])}"
     return f"error bars: 95 % two-level bootstrap intervals over {seeds} seeds and documents{few}"
 
@@ -65,7 +65,7 @@ def draw_bars(arms: Sequence[Arm], figures: Figures, path: Path, caption: str) -
 
 
 def draw_training_of(arms: Sequence[Arm], path: Path) -> str | None:
-    """``training_metrics.png`` from the runs that the SAEs are still in; None, or why there is none or not all of it."""
+    """``training_metrics.png`` from the runs that the SAEs are still in; what is missing, else None."""
     tables, configs, left_out = [], {}, []
     for arm in arms:
         found = []
@@ -85,7 +85,7 @@ def draw_training_of(arms: Sequence[Arm], path: Path) -> str | None:
             tables += found
     if not tables:
         return "the run folders are not where they were when the SAEs were evaluated"
-    draw_training(pa.concat_tables(tables), configs, path)
+    draw_training(pa.concat_tables(tables), configs, path, order=[arm.name for arm in arms])
     return f"without {', '.join(left_out)}: no run found, or not comparable" if left_out else None
 
 
@@ -125,7 +125,7 @@ def draw_tradeoff(points: Sequence[Point], metric: str, path: Path, caption: str
                     fmt=marker(i),
                     color=colour(i),
                     markersize=3.2,
-                    markeredgecolor="black" if one.on_front[cost] else colour(i),
+                    markerfacecolor=colour(i) if one.on_front[cost] else "white",
                     markeredgewidth=0.7,
                     elinewidth=0.6,
                     zorder=2,
@@ -139,7 +139,9 @@ def draw_tradeoff(points: Sequence[Point], metric: str, path: Path, caption: str
         panels[1].xaxis.set_major_locator(MaxNLocator(4))
         panels[0].set_title("against sparsity")
         panels[1].set_title("against reconstruction")
-        text = f"{caption}; lines join arms that differ in alpha alone; black edge: no other arm is better in both"
+        text = (
+            f"{caption}; lines join arms that differ in alpha alone; filled: no other arm is better in both"
+        )
         explain(figure, list(handles.values()), list(handles), text)
         save_png(figure, path)
 

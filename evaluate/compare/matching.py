@@ -165,7 +165,8 @@ def _direct(
         return Matched(_as_they_are(a), _as_they_are(b), seeds, missing, how, False)
     b = [curve.nearest(one.l0) for one, curve in zip(a, b, strict=True)]
     of_a, of_b = _as_they_are(a), _as_they_are(b)
-    assert of_a.l0 is not None and of_b.l0 is not None
+    assert of_a.l0 is not None
+    assert of_b.l0 is not None
     apart = abs(np.log(of_a.l0 / of_b.l0))
     numbers = f"L0 {of_a.l0:.4g} ({treated.name}) and {of_b.l0:.4g} ({control.name})"
     is_equal = bool(apart <= np.log1p(TOLERANCE))
@@ -214,8 +215,8 @@ def _no_overlap(treated: Family, control: Family) -> str:
     if a is None or b is None:
         return "L0 was not measured: evaluate with --suite core as well"
     return (
-        f"no common L0: {treated.name} reaches {a.low:.4g} to {a.high:.4g} with every seed, {control.name} {b.low:.4g} to "
-        f"{b.high:.4g}; nothing is extrapolated, train other k"
+        f"no common L0: {treated.name} reaches {a.low:.4g} to {a.high:.4g} with every seed, {control.name} "
+        f"{b.low:.4g} to {b.high:.4g}; nothing is extrapolated, train other k"
     )
 
 

@@ -103,8 +103,8 @@ def sections_of(found: Compared, design: Design, n_resamples: int) -> list[Secti
             "Non-inferiority of reconstruction",
             (
                 "Two one-sided tests at 5 %: FVU may rise by at most "
-                f"{MARGINS['fvu'][0]:g} and loss recovered fall by at most {-MARGINS['loss_recovered'][0]:g}. Both must "
-                "hold; registered for the primary pair, the others are shown without correction.",
+                f"{MARGINS['fvu'][0]:g} and loss recovered fall by at most {-MARGINS['loss_recovered'][0]:g}. Both "
+                "must hold; registered for the primary pair, the others are shown without correction.",
             ),
             tables.tost_table(tests) if tests else None,
         ),
@@ -112,8 +112,8 @@ def sections_of(found: Compared, design: Design, n_resamples: int) -> list[Secti
         Section(
             "All other comparisons",
             (
-                f"Two-sided; Holm's correction over the {sum(one.p_holm is not None for one in secondary)} of them that "
-                "have a p. Differences are treated minus control.",
+                f"Two-sided; Holm's correction over the {sum(one.p_holm is not None for one in secondary)} of them "
+                "that have a p. Differences are treated minus control.",
             ),
             tables.contrasts_table(secondary) if secondary else None,
         ),
@@ -127,8 +127,8 @@ def sections_of(found: Compared, design: Design, n_resamples: int) -> list[Secti
         Section(
             "Matched features",
             (
-                f"Features matched one to one by their decoder rows (Hungarian algorithm, cosine above {LEAST_COSINE}); of "
-                "each pair the arms nearest in k. " + CAUTION,
+                f"Features matched one to one by their decoder rows (Hungarian algorithm, cosine above {LEAST_COSINE});"
+                " of each pair the arms nearest in k. " + CAUTION,
             ),
             tables.features_table(found.features) if found.features else None,
         ),
@@ -147,8 +147,8 @@ def sections_of(found: Compared, design: Design, n_resamples: int) -> list[Secti
 
 def _primary(found: Compared, design: Design) -> list[str]:
     registered = (
-        f"Pre-registered: temporal contrast with window 16 (A2) minus the same SAE with alpha = 0 (A1), {REGISTERED}, at L0 = "
-        f"{REGISTERED_L0:g} or the nearest that the arms reach; two-sided 5 %, no correction."
+        f"Pre-registered: temporal contrast with window 16 (A2) minus the same SAE with alpha = 0 (A1), {REGISTERED}, "
+        f"at L0 = {REGISTERED_L0:g} or the nearest that the arms reach; two-sided 5 %, no correction."
     )
     one = found.primary
     if one is None:
@@ -158,19 +158,16 @@ def _primary(found: Compared, design: Design) -> list[str]:
         lines.append(f"This is not the registered metric: {one.metric} stands in its place.")
     if one.difference.value is None:
         return [*lines, f"{one.treated} minus {one.control}: {one.difference.reason}."]
+    unit = "" if one.unit == "1" else f" {one.unit}"
+    tokens = "" if one.n_tokens is None else f", {one.n_tokens:,} tokens"
     lines.append(
-        f"{one.treated} minus {one.control}: {tables.text_of(one.difference)} {_unit(one.unit)}, p = {tables.p_text(one.p)}; "
-        f"{one.matching}; seeds {tables.seeds_text(one.seeds)}; {one.n_documents} documents"
-        + (f", {one.n_tokens:,} tokens" if one.n_tokens is not None else "")
-        + f"; {one.n_resamples:,} resamples."
+        f"{one.treated} minus {one.control}: {tables.text_of(one.difference)}{unit}, p {tables.p_text(one.p)}; "
+        f"{one.matching}; seeds {tables.seeds_text(one.seeds)}; {one.n_documents} documents{tokens}; "
+        f"{one.n_resamples:,} resamples."
     )
     if one.difference.note:
         lines.append(f"Caution: {one.difference.note}; {ENOUGH_SEEDS} are registered.")
     return lines
-
-
-def _unit(unit: str) -> str:
-    return "" if unit == "1" else unit
 
 
 def _primary_table(found: Compared) -> Table | None:
@@ -180,8 +177,8 @@ def _primary_table(found: Compared) -> Table | None:
 def _arms_text(found: Compared) -> list[str]:
     lines = [
         f"Means over seeds with 95 % intervals over seeds and documents; {found.conditions.get('n_documents')} "
-        f"{found.conditions['split']} documents, {found.conditions.get('n_tokens', 0):,} tokens. Realised L0 differs between "
-        "arms: this table compares nothing."
+        f"{found.conditions['split']} documents, {found.conditions.get('n_tokens', 0):,} tokens. Realised L0 differs "
+        "between arms: this table compares nothing."
     ]
     curves = [family for family in found.families if len(family.arms) > 1]
     if curves:
@@ -194,17 +191,18 @@ def _method(found: Compared, n_resamples: int) -> list[str]:
     at = "none in common" if found.l0 is None else f"{found.l0:.4g}"
     return [
         f"Two-level paired bootstrap: {n_resamples:,} resamples of seeds, each on one of the "
-        f"{found.conditions['n_bootstrap']:,} resamples of documents that all SAEs share; with one seed, of documents only.",
-        "BCa intervals, acceleration from the jackknife over seeds and over documents. Their levels are expanded for few "
-        "seeds: Student's quantile for the normal one and the unbiased variance for that of the resamples, without which "
-        "95 % intervals of 5 seeds cover about 85 %.",
+        f"{found.conditions['n_bootstrap']:,} resamples of documents that all SAEs share; with one seed, of documents "
+        "only.",
+        "BCa intervals, acceleration from the jackknife over seeds and over documents. Their levels are expanded for "
+        "few seeds: Student's quantile for the normal one and the unbiased variance for that of the resamples; without "
+        "this, 95 % intervals of 5 seeds cover about 85 %.",
         f"p-values invert the interval: the smallest p whose interval of level 1 - p leaves the null out. Fewer than "
         f"{ENOUGH_SEEDS} seeds are marked at every figure.",
-        f"Equal sparsity: metrics interpolated linearly in log realised L0 between arms that differ in k alone, anew in "
-        f"every resample, at L0 {at}; nothing is extrapolated. Single arms are compared as they are if their L0 are "
+        "Equal sparsity: metrics interpolated linearly in log realised L0 between arms that differ in k alone, anew "
+        f"in every resample, at L0 {at}; nothing is extrapolated. Single arms are compared as they are if their L0 are "
         f"within {TOLERANCE:.0%}; otherwise the difference is shown without p.",
-        "The order of the data is the same for all seeds, so the intervals leave it out; one model and one hook, so they "
-        "say nothing of others.",
+        "The order of the data is the same for all seeds, so the intervals leave it out; one model and one hook, so "
+        "they say nothing of others.",
     ]
 
 

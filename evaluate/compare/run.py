@@ -152,8 +152,8 @@ def _primary_metric(folders: Folders, asked: str | None) -> str:
 
 
 def _compare(folders: Folders, report: Path, l0: float | None, metric: str, n_resamples: int) -> Compared:
-    arms = arms_of(folders.saes)
-    families = families_of(arms)
+    families = families_of(arms_of(folders.saes))
+    arms = [arm for family in families for arm in family.arms]
     design = design_of(families)
     target = common_l0(families, l0)
     with progress(2 * len(arms) + 2 * len(design.pairs) + 1, "step", "compare") as bar:
@@ -174,8 +174,7 @@ def _compare(folders: Folders, report: Path, l0: float | None, metric: str, n_re
         for pair in design.pairs:
             features.append(matched_features(pair, n_resamples))
             bar.update()
-        ordered = [arm for family in families for arm in family.arms]
-        images, missing = _draw(ordered, figures, points, metric, folders, report)
+        images, missing = _draw(arms, figures, points, metric, folders, report)
         found = Compared(
             report=report / "report.html",
             conditions=dict(folders.conditions)
@@ -234,7 +233,7 @@ def _draw(
         drawing.draw_bars(arms, figures, images["final_metrics"], on)
     else:
         missing.append("final_metrics.png: the folders have no core suite")
-    caption = f"{on}; {drawing.errors_of(arms)}"
+    caption = f"{on}; {drawing.errors_of(arms)}; differences are paired, their intervals narrower"
     if any(one.costs for one in points):
         images["tradeoff"] = report / "tradeoff.png"
         drawing.draw_tradeoff(points, metric, images["tradeoff"], caption)

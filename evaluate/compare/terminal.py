@@ -9,7 +9,7 @@ from tcsae.evaluate.compare.run import Compared
 from tcsae.evaluate.compare.tables import p_text, seeds_text, text_of
 from tcsae.evaluate.table import WIDTH
 
-MOST_LINES = 12
+MOST_LINES = 6
 """Secondary comparisons that are printed; the tables have them all."""
 
 
@@ -23,7 +23,10 @@ def terminal(found: Compared) -> str:
     else:
         lines.append(f"primary    {_line(found.primary, found.primary.p)}")
     verdict = {True: "non-inferior", False: "non-inferiority not shown", None: "not tested"}
-    for one in found.of_kind("non-inferiority"):
+    registered = [] if found.primary is None else [(found.primary.treated, found.primary.control)]
+    for one in [
+        test for test in found.of_kind("non-inferiority") if (test.treated, test.control) in registered
+    ]:
         lines.append(f"quality    {_line(one, one.p)}; margin {one.margin:+g}: {verdict[one.holds]}")
     others = [one for one in found.of_kind("secondary") if one.p_holm is not None]
     for one in sorted(others, key=lambda one: one.p_holm or 0.0)[:MOST_LINES]:

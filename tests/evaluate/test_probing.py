@@ -20,7 +20,6 @@ from tcsae.evaluate.probe_codes import ProbeData, codes_of, pooled
 from tcsae.evaluate.probe_figures import Undefined, fit, multi_class_figures, one_vs_rest_figures
 from tcsae.evaluate.probe_samples import (
     CONTEXTS_PER_DOCUMENT,
-    Chosen,
     NoTask,
     Side,
     Task,
@@ -29,7 +28,7 @@ from tcsae.evaluate.probe_samples import (
     position_task,
     token_task,
 )
-from tcsae.evaluate.probing import contrasts, deviations, in_turns, one_vs_rest_accuracies
+from tcsae.evaluate.probing import accuracies, contrasts, deviations, in_turns, one_vs_rest_accuracies
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
 from tcsae.store.writer import documents_table
 
@@ -89,7 +88,7 @@ def data_of(store: ActivationStore, seed: int = 0) -> ProbeData:
     )
 
 
-def sides_of(store: ActivationStore) -> tuple[Chosen, Chosen]:
+def sides_of(store: ActivationStore) -> tuple[HeldOut, HeldOut]:
     train, test = (choose_contexts(HeldOut(store, HOOK, split), 10_000, 0) for split in ("train", "test"))
     return train, test
 
@@ -217,14 +216,12 @@ def test_shorter_contexts_are_in_no_position_probe(store_of: StoreOf) -> None:
     generator = np.random.default_rng(0)
     x = generator.random((N_DOCUMENTS * 40, 4)).astype(np.float32)
     store = store_of(x, ["a", "b"] * (N_DOCUMENTS // 2), rows=40)
-    # documents of 40 tokens in one context each; of 24 in the other store: none is as long
     train, test = sides_of(store)
-    shorter = HeldOut(store, HOOK, "train")
-    shorter.length = shorter.length.copy()
-    shorter.length[::2] -= 1
-    task = position_task(Chosen(shorter, train.at), test, seed=0)
+    documents = store.document_of_context[train.contexts]
+    train.length[::2] -= 1
+    task = position_task(train, test, seed=0)
     assert isinstance(task, Task)
-    assert set(task.train.document) == set(train.document[1::2])
+    assert set(task.train.document) == set(documents[1::2])
 
 
 def test_token_labels_are_the_tokens_and_the_tokens_before(planted: ActivationStore) -> None:
@@ -247,12 +244,14 @@ def test_a_long_document_gives_only_some_of_its_contexts_and_rare_topics_come_fi
     topics: list[str | None] = ["rare" if i % 10 == 0 else "common" for i in range(100)]
     store = store_of(x, topics, rows=8)
     held_out = HeldOut(store, HOOK, "train")
-    assert set(np.bincount(choose_contexts(held_out, 10**6, 0).document)) == {0, CONTEXTS_PER_DOCUMENT}
+    everything = store.document_of_context[choose_contexts(held_out, 10**6, 0).contexts]
+    assert set(np.bincount(everything)) == {0, CONTEXTS_PER_DOCUMENT}
     chosen = choose_contexts(held_out, 16 * CONTEXTS_PER_DOCUMENT, 0)
-    documents = np.unique(chosen.document)
+    documents = np.unique(store.document_of_context[chosen.contexts])
     assert len(documents) == 16
     assert sum(topics[d] == "rare" for d in documents) == 8
-    assert (choose_contexts(held_out, 16 * CONTEXTS_PER_DOCUMENT, 0).at == chosen.at).all()
+    again = choose_contexts(held_out, 16 * CONTEXTS_PER_DOCUMENT, 0)
+    assert (again.contexts == chosen.contexts).all()
 
 
 def test_special_tokens_and_outliers_are_in_no_mean(store_of: StoreOf) -> None:
@@ -264,7 +263,7 @@ def test_special_tokens_and_outliers_are_in_no_mean(store_of: StoreOf) -> None:
     x[6] = 1e6
     store = store_of(x, ["a"] * 40, tokens)
     held_out = HeldOut(store, HOOK, "all")
-    found = pooled(lambda x: x, Chosen(held_out, np.arange(40)), 3, lambda n: None)
+    found = pooled(lambda x: x, held_out, 3, lambda n: None)
     kept = np.delete(np.arange(ROWS), [5, 6])
     assert found.mean[0] == pytest.approx(x[kept].mean(axis=0), rel=1e-5)
     assert found.mean[1] == pytest.approx(x[ROWS : 2 * ROWS].mean(axis=0), rel=1e-5)
@@ -471,10 +470,14 @@ def test_classes_choose_in_turn_and_the_one_with_the_largest_difference_begins()
 
 
 def test_a_class_without_samples_in_a_resample_is_left_out_of_its_mean() -> None:
-    # two classes: 4 samples of class 0, of which its probe takes 3; none of class 1
-    sums = np.array([4.0, 0.0, 3.0, 0.0, 1.0, 0.0])
-    found = one_vs_rest_accuracies(sums, 2)
-    assert np.isnan(found).tolist() == [True, True]
+    # one probe of classes a and b: 3 of 4 samples of a recognised, none of b drawn
+    assert accuracies(np.array([4.0, 0.0, 3.0, 0.0]), 2).tolist() == [0.75, 0.75]
+    # three probes: a takes 3 of 4 and 1 of 2 of b; b takes 2 of 4 of a and none of its own; c was not drawn
+    sums = np.array([4.0, 2.0, 0.0, 3.0, 1.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    with np.errstate(invalid="ignore"):
+        found = one_vs_rest_accuracies(sums, 3)
+    assert found[:2].tolist() == [(3 / 4 + 1 / 2) / 2, (0 + 2 / 4) / 2]
+    assert np.isnan(found[2])
 
 
 def test_documents_are_the_unit_of_the_interval(planted: ActivationStore) -> None:
