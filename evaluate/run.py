@@ -35,6 +35,7 @@ from tcsae.evaluate.suites import SUITES_IN_ORDER
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
 from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of
 from tcsae.evaluate.token_rows import TokenRows, read_token_rows
+from tcsae.evaluate.truth_ranking import Ranking, rank, write_ranking
 from tcsae.harvest.model import LanguageModel
 from tcsae.store.atomic import exclusive, partial_file
 from tcsae.store.device import choose_device
@@ -271,9 +272,22 @@ def _finish(
         )
         n_outliers = sum(left_out.values())
         final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))
-    evaluation = Evaluation(config.out, tuple(rows), tuple(comparisons), conditions, figure)
+    ranking = _ranked(results, bench) if {"temporal", "truth"} <= set(config.suites) else None
+    evaluation = Evaluation(config.out, tuple(rows), tuple(comparisons), conditions, figure, ranking)
     write_summary(evaluation)
     return evaluation
+
+
+def _ranked(results: dict[tuple[Suite, str], SuiteResult], bench: Bench) -> Ranking:
+    of = {
+        wanted: {sae: found for (suite, sae), found in results.items() if suite == wanted}
+        for wanted in ("temporal", "truth")
+    }
+    truth = bench.store.truth()
+    assert truth is not None  # the suite's check refuses it
+    ranking = rank(of["temporal"], of["truth"], truth, bench.config.out)
+    write_ranking(ranking, bench.config.out)
+    return ranking
 
 
 def _compare(one: Subject, treated: Row, control: Row) -> Comparison:

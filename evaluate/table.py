@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from tcsae.evaluate.estimates import Estimate
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents
 from tcsae.evaluate.temporal import metric_name
+from tcsae.evaluate.truth_ranking import ranking_lines
 
 WIDTH = 120
 """Columns that the table keeps to; long names are cut with an ellipsis, figures never."""
@@ -37,6 +38,7 @@ def table(evaluation: Evaluation) -> str:
         )
     note = f"{text}; in brackets 95 % bootstrap intervals over {unit}. {sources}"
     lines += textwrap.wrap(note, WIDTH)
+    lines += _truth(evaluation)
     for comparison in evaluation.comparisons:
         # a minus sign is no hyphen to break at
         lines += textwrap.wrap(_compared(comparison), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
@@ -57,6 +59,38 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     (f"ac{TABLE_LAG} H", lambda row: _with_interval(row, metric_name("H", TABLE_LAG), ".4f")),
 )
 
+
+def _truth(evaluation: Evaluation) -> list[str]:
+    """The truth suite's figures in a table of their own, and what they say of the temporal metrics."""
+    rows = [row for row in evaluation.rows if "recovered" in row.estimates]
+    if not rows:
+        return []
+    cells = [
+        [head for head, _ in _TRUTH_COLUMNS],
+        *([cell(row) for _, cell in _TRUTH_COLUMNS] for row in rows),
+    ]
+    note = (
+        "Against the known dictionary: true features recovered (cosine > 0.9), the share of recovered slow and of "
+        "recovered fast ones whose best match is in block H (chance: H's share of the live features), purity: share "
+        "of H's matched features that are slow, F1 of firing over matched pairs. In brackets 95 % bootstrap intervals: "
+        "over true features, the SAE's features, and (F1) documents."
+    )
+    lines = ["", *_aligned(cells), *textwrap.wrap(note, WIDTH)]
+    for line in ranking_lines(() if evaluation.ranking is None else evaluation.ranking.over_saes, TABLE_LAG):
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
+
+
+_TRUTH_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("arm", lambda row: _cut(row.arm, 20)),
+    ("seed", lambda row: ABSENT if row.seed is None else str(row.seed)),
+    ("recovered", lambda row: _with_interval(row, "recovered", ".2f")),
+    ("slow in H", lambda row: _with_interval(row, "slow_in_H", ".2f")),
+    ("fast in H", lambda row: _with_interval(row, "fast_in_H", ".2f")),
+    ("chance", lambda row: _value(row, "share_of_H", ".2f")),
+    ("purity H", lambda row: _with_interval(row, "purity_H", ".2f")),
+    ("F1", lambda row: _with_interval(row, "f1", ".2f")),
+)
 
 _SPARED = ("MSE/d", f"ac{TABLE_LAG}", "L0 H", "KL score", "dead")
 """Columns left out, in this order, where the table would be too wide."""
