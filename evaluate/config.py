@@ -11,6 +11,9 @@ from tcsae.store.errors import ConfigError, UnknownName
 Suite = Literal["core", "temporal"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
+TemporalReference = Literal["raw", "random", "averaged"]
+TEMPORAL_REFERENCES: tuple[TemporalReference, ...] = get_args(TemporalReference)
+
 EvaluatedSplit = Literal["train", "test", "all"]
 
 
@@ -41,6 +44,12 @@ class EvaluateConfig:
     """resamples of the documents behind every interval"""
     seed: int = 0
     """of the contexts' draw and of the resamples"""
+    temporal_references: tuple[TemporalReference, ...] = ()
+    """rows to hold the temporal suite's figures against, see `tcsae.evaluate.temporal_references`"""
+    workers: int = 1
+    """Dask processes on this machine for the temporal suite's pass; 1: this process alone"""
+    scheduler: str | None = None
+    """address of a running Dask scheduler whose workers see the same files; takes precedence over ``workers``"""
 
     def __post_init__(self) -> None:
         if not self.saes:
@@ -50,9 +59,16 @@ class EvaluateConfig:
         for suite in self.suites:
             if suite not in SUITES:
                 raise UnknownName.among("suite", suite, SUITES)
+        if self.temporal_references and "temporal" not in self.suites:
+            raise ConfigError(
+                "temporal_references: expected suite temporal beside them, got " + ", ".join(self.suites)
+            )
+        for reference in self.temporal_references:
+            if reference not in TEMPORAL_REFERENCES:
+                raise UnknownName.among("temporal reference", reference, TEMPORAL_REFERENCES)
         if self.split not in get_args(EvaluatedSplit):
             raise UnknownName.among("split", self.split, get_args(EvaluatedSplit))
-        for name, least in (("max_tokens", 1), ("batch_size", 1), ("n_bootstrap", 100)):
+        for name, least in (("max_tokens", 1), ("batch_size", 1), ("n_bootstrap", 100), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.seed < 0:

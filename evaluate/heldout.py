@@ -85,7 +85,7 @@ class HeldOut:
         self._special = np.array(store.provenance.special_token_ids, dtype=np.int64)
         index_of = np.full(store.n_documents, -1, dtype=np.int64)
         index_of[self.documents] = np.arange(len(self.documents))
-        self._document_of_context: Indices = index_of[store.document_of_context[self.contexts]]
+        self.document_of_context: Indices = index_of[store.document_of_context[self.contexts]]
         self.start: Indices = store.context_offsets[self.contexts]
         self.length: Indices = store.context_offsets[self.contexts + 1] - self.start
 
@@ -114,14 +114,15 @@ class HeldOut:
         while first < len(self.contexts):
             done = int(ends[first - 1]) if first else 0
             last = max(first + 1, int(np.searchsorted(ends, done + rows, side="right")))
-            yield self._block(range(first, last))
+            yield self.block(np.arange(first, last))
             first = last
 
-    def _block(self, contexts: range) -> Block:
+    def block(self, contexts: Indices) -> Block:
+        """Every stored token of some contexts, which are numbered within the split, in the order given."""
         spans = [(int(self.start[c]), int(self.start[c] + self.length[c])) for c in contexts]
         x = torch.cat([self.store.rows(a, b, self.hook) for a, b in spans]).to(torch.float32)
         tokens = np.concatenate([self.store.tokens[a:b] for a, b in spans])
-        lengths = self.length[contexts.start : contexts.stop]
+        lengths = self.length[contexts]
         real = torch.from_numpy(~np.isin(tokens, self._special))
         outlier = torch.linalg.vector_norm(x, dim=-1) > self.outlier_norm
         return Block(
@@ -129,10 +130,8 @@ class HeldOut:
             kept=real & ~outlier,
             n_outliers=int((real & outlier).sum()),
             position=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
-            context=torch.from_numpy(np.repeat(self.contexts[contexts.start : contexts.stop], lengths)),
-            document=torch.from_numpy(
-                np.repeat(self._document_of_context[contexts.start : contexts.stop], lengths)
-            ),
+            context=torch.from_numpy(np.repeat(self.contexts[contexts], lengths)),
+            document=torch.from_numpy(np.repeat(self.document_of_context[contexts], lengths)),
         )
 
     def batches(self, max_tokens: int, batch_size: int, seed: int) -> list[Batch]:
@@ -145,7 +144,7 @@ class HeldOut:
         order = np.random.default_rng(seed).permutation(len(self.contexts))
         n_drawn = max(1, int(np.searchsorted(np.cumsum(self.length[order]), max_tokens, side="right")))
         drawn = np.sort(order[:n_drawn])
-        _, document = np.unique(self._document_of_context[drawn], return_inverse=True)
+        _, document = np.unique(self.document_of_context[drawn], return_inverse=True)
         by_length = np.argsort(self.length[drawn], kind="stable")[::-1]
         parts = [by_length[at : at + batch_size] for at in range(0, n_drawn, batch_size)]
         return [self._batch(drawn[part], document[part]) for part in parts]
