@@ -233,6 +233,14 @@ def evaluate(
         int, typer.Option(help="Tokens that unlearning scores on, inside a topic and outside it.")
     ] = 2048,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
+    temporal_references: Annotated[
+        str,
+        typer.Option(help="Rows to hold the temporal figures against: some of raw,random,averaged; or none."),
+    ] = "none",
+    workers: Annotated[int, typer.Option(help="Dask processes on this machine for the temporal suite.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask scheduler for it, such as tcp://host:8786.")
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -256,6 +264,11 @@ def evaluate(
             domain_tokens=domain_tokens,
             device=device,
             seed=seed,
+            temporal_references=(
+                () if temporal_references == "none" else tuple(temporal_references.split(","))  # type: ignore[arg-type]  # the same
+            ),
+            workers=workers,
+            scheduler=scheduler,
         )
     )
     if as_json:

@@ -16,6 +16,8 @@ DEFAULT_SUITES: tuple[Suite, ...] = ("core", "temporal")
 
 REFERENCES = ("identity", "pca", "random", "untrained")
 """Kinds of references; pca is followed by a colon and its number of components."""
+TemporalReference = Literal["raw", "random", "averaged"]
+TEMPORAL_REFERENCES: tuple[TemporalReference, ...] = get_args(TemporalReference)
 
 EvaluatedSplit = Literal["train", "test", "all"]
 
@@ -59,6 +61,12 @@ class EvaluateConfig:
     """resamples of the documents behind every interval"""
     seed: int = 0
     """of the contexts' draw and of the resamples"""
+    temporal_references: tuple[TemporalReference, ...] = ()
+    """rows to hold the temporal suite's figures against, see `tcsae.evaluate.temporal_references`"""
+    workers: int = 1
+    """Dask processes on this machine for the temporal suite's pass; 1: this process alone"""
+    scheduler: str | None = None
+    """address of a running Dask scheduler whose workers see the same files; takes precedence over ``workers``"""
 
     def __post_init__(self) -> None:
         if not self.saes:
@@ -79,9 +87,22 @@ class EvaluateConfig:
             raise ConfigError(f"tokens: rows of tokens are for --suite core alone, got {others} as well")
         if self.store is None and self.model is None:
             raise ConfigError("model: expected --model beside --tokens, since no store names the model")
+        if self.temporal_references and "temporal" not in self.suites:
+            raise ConfigError(
+                "temporal_references: expected suite temporal beside them, got " + ", ".join(self.suites)
+            )
+        for reference in self.temporal_references:
+            if reference not in TEMPORAL_REFERENCES:
+                raise UnknownName.among("temporal reference", reference, TEMPORAL_REFERENCES)
         if self.split not in get_args(EvaluatedSplit):
             raise UnknownName.among("split", self.split, get_args(EvaluatedSplit))
-        for name, least in (("max_tokens", 1), ("domain_tokens", 1), ("batch_size", 1), ("n_bootstrap", 100)):
+        for name, least in (
+            ("max_tokens", 1),
+            ("domain_tokens", 1),
+            ("batch_size", 1),
+            ("n_bootstrap", 100),
+            ("workers", 1),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.seed < 0:

@@ -33,7 +33,8 @@ from tcsae.evaluate.subjects import (
 )
 from tcsae.evaluate.suites import SUITES_IN_ORDER
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
-from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of
+from tcsae.evaluate.temporal import PRIMARY_METRIC, Part, compare_with_control, metric_name, parts_of
+from tcsae.evaluate.temporal_references import reference_rows
 from tcsae.evaluate.token_rows import TokenRows, read_token_rows
 from tcsae.evaluate.truth_ranking import Ranking, rank, write_ranking
 from tcsae.harvest.model import LanguageModel
@@ -45,8 +46,11 @@ from tcsae.store.reader import ActivationStore
 COMPARED_LAG = 8
 """Lag, in tokens, at which an SAE is compared with its control."""
 
+COMPARED_METRICS = ("autocorrelation", PRIMARY_METRIC)
+"""Temporal metrics that are compared with the control's, for every part of the dictionary."""
+
 RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
-"""Compared with the control beside the autocorrelation: what the consistency cost."""
+"""Compared with the control beside them: what the consistency cost."""
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -239,6 +243,10 @@ def _finish(
         control = control_of(one, subjects)
         if control is not None:
             comparisons.append(_compare(one, row_of[one.name], row_of[control.name]))
+    references: list[Row] = []
+    if config.temporal_references:
+        temporal = {name: result for (suite, name), result in results.items() if suite == "temporal"}
+        references = reference_rows(subjects, temporal, bench)
     conditions = {
         "tcsae": version("tcsae"),
         "result_version": RESULT_VERSION,
@@ -273,7 +281,7 @@ def _finish(
         n_outliers = sum(left_out.values())
         final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))
     ranking = _ranked(results, bench) if {"temporal", "truth"} <= set(config.suites) else None
-    evaluation = Evaluation(config.out, tuple(rows), tuple(comparisons), conditions, figure, ranking)
+    evaluation = Evaluation(config.out, (*rows, *references), tuple(comparisons), conditions, figure, ranking)
     write_summary(evaluation)
     return evaluation
 
@@ -291,7 +299,10 @@ def _ranked(results: dict[tuple[Suite, str], SuiteResult], bench: Bench) -> Rank
 
 
 def _compare(one: Subject, treated: Row, control: Row) -> Comparison:
-    names = [metric_name(part, COMPARED_LAG) for part in parts_of(one.sae)]
+    parts: list[Part] = list(parts_of(one.sae))
+    if one.sae.block_size:
+        parts.append("best")
+    names = [metric_name(part, COMPARED_LAG, metric) for metric in COMPARED_METRICS for part in parts]
     estimates: dict[str, Estimate] = {}
     for name in (*names, *RECONSTRUCTION_METRICS):
         if name not in treated.estimates:
@@ -300,4 +311,15 @@ def _compare(one: Subject, treated: Row, control: Row) -> Comparison:
             name, treated.draws.get(name), control.draws.get(name), treated.estimates[name].n_documents
         )
         estimates |= {estimate.metric: estimate for estimate in pair}
+    # a block that training made against the one that hindsight finds in the control
+    for metric in COMPARED_METRICS:
+        block, best = (metric_name(part, COMPARED_LAG, metric) for part in ("H", "best"))
+        if block in treated.estimates:
+            pair = compare_with_control(
+                f"{block}_against_best",
+                treated.draws.get(block),
+                control.draws.get(best),
+                treated.estimates[block].n_documents,
+            )
+            estimates |= {estimate.metric: estimate for estimate in pair}
     return Comparison(treated.sae, control.sae, estimates)

@@ -108,7 +108,8 @@ def halves_of(strata: Int64[np.ndarray, " document"]) -> Bool[np.ndarray, " docu
     for stratum in np.unique(strata):
         members = strata == stratum
         rank[members] = np.arange(np.count_nonzero(members))
-    return rank % 2 == 1
+    odd: np.ndarray = rank % 2 == 1
+    return odd
 
 
 def stratified_counts(
