@@ -36,8 +36,10 @@ from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documen
 from tcsae.evaluate.temporal import PRIMARY_METRIC, Part, compare_with_control, metric_name, parts_of
 from tcsae.evaluate.temporal_references import reference_rows
 from tcsae.evaluate.token_rows import TokenRows, read_token_rows
+from tcsae.evaluate.truth_oracle import oracle_table
 from tcsae.evaluate.truth_ranking import Ranking, rank, write_ranking
 from tcsae.harvest.model import LanguageModel
+from tcsae.harvest.synthetic import truth_of_store
 from tcsae.store.atomic import exclusive, partial_file
 from tcsae.store.device import choose_device
 from tcsae.store.errors import Interrupted, RunBusy
@@ -291,9 +293,10 @@ def _ranked(results: dict[tuple[Suite, str], SuiteResult], bench: Bench) -> Rank
         wanted: {sae: found for (suite, sae), found in results.items() if suite == wanted}
         for wanted in ("temporal", "truth")
     }
-    truth = bench.store.truth()
-    assert truth is not None  # the suite's check refuses it
-    ranking = rank(of["temporal"], of["truth"], truth, bench.config.out)
+    source, out = truth_of_store(bench.store), bench.config.out
+    held_out = next(iter(bench.held_out.values()))  # a synthetic store has one hook
+    oracle = oracle_table(held_out, source, out, seed=bench.config.seed)
+    ranking = rank(of["temporal"], of["truth"], source, out, oracle)
     write_ranking(ranking, bench.config.out)
     return ranking
 

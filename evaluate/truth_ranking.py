@@ -9,6 +9,9 @@ others.
 *Features.* Over the matched pairs of one SAE: Spearman's rho of the metric on the SAE's feature with the mean run
 length of its true feature; the interval is Bonett and Wright's (2000), z +- 1.96 sqrt((1 + rho^2 / 2) / (n - 3)).
 
+*Oracle.* The same metrics of the true codes themselves: their means over slow, medium and fast features (a metric that
+works falls from one to the next), and their rho over true features, the most that any SAE's features could reach.
+
 Metrics that fall with persistence are taken with the opposite sign, so 1 is perfect agreement for every metric.
 """
 
@@ -24,10 +27,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 from tcsae.evaluate.estimates import SuiteResult
 from tcsae.evaluate.intervals import Array, percentile_ends
+from tcsae.evaluate.truth_matching import MIN_FIRINGS
+from tcsae.evaluate.truth_oracle import means_by_kind
+from tcsae.harvest.synthetic import SyntheticSource
 from tcsae.store.atomic import write_atomically
 from tcsae.store.truth import Truth
 
@@ -85,6 +91,10 @@ class Ranking:
     """one a temporal figure"""
     over_features: dict[str, tuple[Agreement, ...]]
     """one a column of the table of features, by SAE"""
+    oracle: dict[str, dict[str, float | None]]
+    """mean of each metric over all, slow, medium and fast true features' own codes"""
+    over_true_features: tuple[Agreement, ...]
+    """one a metric, over the true features' own codes"""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the content of ``truth/ranking.json``."""
@@ -99,7 +109,11 @@ class Ranking:
 
 
 def rank(
-    temporal: Mapping[str, SuiteResult], truth_suite: Mapping[str, SuiteResult], truth: Truth, out: Path
+    temporal: Mapping[str, SuiteResult],
+    truth_suite: Mapping[str, SuiteResult],
+    source: SyntheticSource,
+    out: Path,
+    oracle: pa.Table,
 ) -> Ranking:
     """Rank agreement of every temporal figure of the SAEs, from finished results.
 
@@ -107,11 +121,14 @@ def rank(
     ----------
     temporal, truth_suite
         results of the two suites, by SAE; of the same SAEs
-    truth
-        the dictionary
+    source
+        what the store was made from
     out
         evaluation folder, for the tables of features
+    oracle
+        the true features' own table, as `truth_oracle.oracle_table` gives it
     """
+    truth = source.truth
     figures = [
         name for found in truth_suite.values() for name in found.estimates if "true_run_length" in name
     ]
@@ -133,7 +150,14 @@ def rank(
         sae: _over_features(found, truth, out / "features" / f"{sae}.parquet")
         for sae, found in truth_suite.items()
     }
-    return Ranking(true, tuple(over_saes), over_features)
+    live = np.flatnonzero(oracle["firings"].to_numpy() >= MIN_FIRINGS)
+    return Ranking(
+        true,
+        tuple(over_saes),
+        over_features,
+        means_by_kind(oracle, source, MIN_FIRINGS),
+        _correlated(oracle, live, truth.run_length[live]),
+    )
 
 
 def write_ranking(ranking: Ranking, out: Path) -> None:
@@ -200,28 +224,31 @@ def _over_features(found: SuiteResult, truth: Truth, table_path: Path) -> tuple[
     """Agreement of every column of a table of features, none if the temporal suite wrote no table."""
     if not table_path.is_file():
         return ()
-    table = pq.read_table(table_path, memory_map=False)
     matches = found.facts["matches"]
     run_length = truth.run_length[np.array(matches["true"], dtype=np.int64)]
     features = np.array(matches["feature"], dtype=np.int64)
+    return _correlated(pq.read_table(table_path, memory_map=False), features, run_length)
+
+
+def _correlated(
+    table: pa.Table, features: Int64[np.ndarray, " pair"], run_length: Float[np.ndarray, " pair"]
+) -> tuple[Agreement, ...]:
+    """Agreement of every metric of ``table``, in the rows ``features``, with the true run lengths."""
     agreements = []
     for column in table.column_names:
         parsed = COLUMN.fullmatch(column)
-        if (
-            column in NOT_TEMPORAL
-            or parsed is None
-            or not pa.types.is_floating(table.schema.field(column).type)
-        ):
+        kind = table.schema.field(column).type
+        if column in NOT_TEMPORAL or parsed is None or not pa.types.is_floating(kind):
             continue
         values: Array = table[column].to_numpy().astype(np.float64)[features]
         defined = np.isfinite(values)
         n = int(defined.sum())
         if n < LEAST_PAIRS:
-            agreements.append(_undefined(column, n, f"fewer than {LEAST_PAIRS} matched features have it"))
+            agreements.append(_undefined(column, n, f"fewer than {LEAST_PAIRS} features have it"))
             continue
         rho = float(spearman(_sign(parsed["metric"]) * values[defined], run_length[defined]))
         if not np.isfinite(rho):
-            agreements.append(_undefined(column, n, "all matched features have the same value"))
+            agreements.append(_undefined(column, n, "all features have the same value"))
             continue
         low, high = bonett_wright(rho, n)
         agreements.append(Agreement(column, n, rho, None, low, high, None))
