@@ -20,6 +20,7 @@ from tcsae.evaluate.subjects import Subject, control_of, find_saes, load_subject
 from tcsae.evaluate.suites import SUITES_IN_ORDER
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
 from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of
+from tcsae.evaluate.unlearning_plot import read_unlearning_rows, unlearning_figure
 from tcsae.store.atomic import exclusive, partial_file
 from tcsae.store.device import choose_device
 from tcsae.store.errors import Interrupted, RunBusy
@@ -203,9 +204,22 @@ def _finish(
         )
         n_outliers = sum(left_out.values())
         final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))
-    evaluation = Evaluation(config.out, tuple(rows), tuple(comparisons), conditions, figure)
+    unlearned = config.out / "unlearning.png" if "unlearning" in config.suites else None
+    if unlearned is not None:
+        _draw_unlearning(unlearned, subjects, bench)
+    evaluation = Evaluation(config.out, tuple(rows), tuple(comparisons), conditions, figure, unlearned)
     write_summary(evaluation)
     return evaluation
+
+
+def _draw_unlearning(path: Path, subjects: Sequence[Subject], bench: Bench) -> None:
+    hooks = ", ".join(dict.fromkeys(one.hook for one in subjects))
+    unlearning_figure(
+        read_unlearning_rows(_paths(bench.config, "unlearning", one)[0] for one in subjects),
+        path,
+        f"{bench.store.provenance.model}, {hooks}; split {bench.config.split}; stairs: the best setting that "
+        "costs no more; dots: all settings",
+    )
 
 
 def _compare(one: Subject, treated: Row, control: Row) -> Comparison:

@@ -75,6 +75,8 @@ class Evaluation:
     """store, model, split, tokens, documents and settings"""
     figure: Path | None
     """``final_metrics.png``, None if the core suite was not asked for"""
+    unlearning_figure: Path | None = None
+    """``unlearning.png``, None if the unlearning suite was not asked for"""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the content of ``summary.json``; without the draws."""
