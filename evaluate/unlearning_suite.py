@@ -139,7 +139,7 @@ def _measured(
         "multiples_of_mean_active": list(MULTIPLES),
         "retain_limit_nats": RETAIN_LIMIT,
     }
-    facts = {
+    facts: dict[str, Any] = {
         "sae": {"name": one.name, "arm": one.arm, "seed": one.seed},
         "documents": sides.rule,
         "retain_limit_nats": RETAIN_LIMIT,
