@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Row:
     """by metric, over all suites"""
     draws: dict[str, Draws]
     """bootstrap draws of the metrics that have an interval"""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """what it is and where it came from: `tcsae.evaluate.subjects.Subject.origin`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Evaluation:
                     "arm": row.arm,
                     "seed": row.seed,
                     "block_size": row.block_size,
+                    "origin": row.origin,
                     "metrics": {name: _plain(one) for name, one in row.estimates.items()},
                 }
                 for row in self.rows
@@ -110,7 +113,7 @@ def replayed_documents(rows: Sequence[Row]) -> int | None:
     The replay stops at ``max_tokens``, so these are fewer than the store's figures rest on.
     """
     found = [row.estimates["loss_recovered"].n_documents for row in rows if "loss_recovered" in row.estimates]
-    return max(found, default=None)
+    return max(found, default=0) or None
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:

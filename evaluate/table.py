@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 from tcsae.evaluate.estimates import Estimate
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents
-from tcsae.evaluate.temporal import metric_name
+from tcsae.evaluate.temporal import PRIMARY_METRIC, metric_name
 from tcsae.evaluate.unlearning_table import unlearning_lines
 
 WIDTH = 120
 """Columns that the table keeps to; long names are cut with an ellipsis, figures never."""
 
 TABLE_LAG = 8
-"""Lag, in tokens, of the autocorrelation that the table shows."""
+"""Lag, in tokens, of the autocorrelation and the excess information that the table shows."""
 
 ABSENT = "-"
 
@@ -26,16 +26,18 @@ def table(evaluation: Evaluation) -> str:
     replayed = replayed_documents(evaluation.rows)
     n_outliers = sum(conditions.get("n_outliers_left_out", {}).values())
     left_out = f" ({n_outliers} outlier rows left out)" if n_outliers else ""
-    spliced = (
-        ""
-        if replayed is None
-        else f"Loss recovered and KL: model replayed with the SAE spliced in, on {replayed} of them; the rest: "
-    )
-    note = (
-        f"{conditions['n_documents']} {conditions['split']} documents; in brackets 95 % bootstrap intervals over "
-        f"documents. {spliced}stored activations{left_out}. "
-        f"ac{TABLE_LAG}: mean lag-{TABLE_LAG} autocorrelation of live features, ac{TABLE_LAG} H: of block H."
-    )
+    if conditions.get("tokens_sha256"):
+        unit, text = "rows", f"{conditions['n_documents']} rows"
+        sources = "All figures: the model replayed on them."
+    else:
+        unit, text = "documents", f"{conditions['n_documents']} {conditions['split']} documents"
+        replay = f"Loss recovered and KL: model replayed with the SAE spliced in, on {replayed} of them; the rest: "
+        sources = (
+            f"{replay if replayed is not None else ''}stored activations{left_out}. "
+            f"Means over live features at lag {TABLE_LAG}, H: over those of block H: ac{TABLE_LAG}, autocorrelation; "
+            f"xi{TABLE_LAG}, excess of the normalised mutual information over both its nulls."
+        )
+    note = f"{text}; in brackets 95 % bootstrap intervals over {unit}. {sources}"
     lines += textwrap.wrap(note, WIDTH)
     for comparison in evaluation.comparisons:
         # a minus sign is no hyphen to break at
@@ -57,10 +59,15 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("KL score", lambda row: _value(row, "kl_score", ".3f")),
     (f"ac{TABLE_LAG}", lambda row: _value(row, metric_name("whole", TABLE_LAG), ".4f")),
     (f"ac{TABLE_LAG} H", lambda row: _with_interval(row, metric_name("H", TABLE_LAG), ".4f")),
+    (
+        f"xi{TABLE_LAG}",
+        lambda row: _with_interval(row, metric_name("whole", TABLE_LAG, PRIMARY_METRIC), ".4f"),
+    ),
+    (f"xi{TABLE_LAG} H", lambda row: _value(row, metric_name("H", TABLE_LAG, PRIMARY_METRIC), ".4f")),
 )
 
 
-_SPARED = ("MSE/d", f"ac{TABLE_LAG}", "L0 H", "KL score", "dead")
+_SPARED = ("MSE/d", f"ac{TABLE_LAG}", "L0 H", "KL score", "dead", f"xi{TABLE_LAG} H", "L0")
 """Columns left out, in this order, where the table would be too wide."""
 
 
@@ -130,4 +137,15 @@ def _compared(comparison: Comparison) -> str:
         parts.append(f"ratio {_figure(ratio, '.1f')}")
     if difference is not None and difference.value is not None:
         parts.append(f"difference {_figure(difference, '.4f')}")
-    return head + (", ".join(parts) or ABSENT)
+    of_h = metric_name("H", TABLE_LAG, PRIMARY_METRIC)
+    information = [
+        f"{name} {_figure(found, '.4f')}"
+        for name, key in (
+            ("whole", f"{metric_name('whole', TABLE_LAG, PRIMARY_METRIC)}_difference"),
+            ("H", f"{of_h}_difference"),
+            ("H against the control's best block", f"{of_h}_against_best_difference"),
+        )
+        if (found := comparison.estimates.get(key)) is not None and found.value is not None
+    ]
+    shown = f"; xi{TABLE_LAG} difference: {', '.join(information)}" if information else ""
+    return head + (", ".join(parts) or ABSENT) + shown

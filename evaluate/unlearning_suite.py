@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from tcsae.evaluate.unlearning.examination import (
     N_QUESTION_SETTINGS,
     Examination,
     Examined,
-    QuestionedModel,
     question_files,
 )
 from tcsae.evaluate.unlearning.parts import Parts
@@ -58,6 +57,7 @@ class UnlearningSuite:
 
     def check(self, subjects: Sequence[Subject], bench: Bench) -> None:
         """Refuse unknown or small domains and hooks that nothing can be spliced in at."""
+        bench.check_model()
         check_spliceable(subjects)
         draw_domains(bench.store, bench.config)
         question_files(bench.config)
@@ -106,7 +106,7 @@ def _examinations(subjects: Sequence[Subject], bench: Bench) -> dict[str, Examin
         return {}
     saved = bench.config.out / "unlearning" / "questions" / "known.json"
     return {
-        hook: Examination(cast(QuestionedModel, bench.model), hook, files, saved, bench.config.batch_size)
+        hook: Examination(bench.language_model, hook, files, saved, bench.config.batch_size)
         for hook in dict.fromkeys(one.hook for one in subjects)
     }
 

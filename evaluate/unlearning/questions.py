@@ -16,8 +16,7 @@ LETTERS = ("A", "B", "C", "D")
 FIELDS = "question (text), choices (4 texts), answer (0-3 or A-D), subject (text)"
 
 TRICK = re.compile(
-    r"\b(all|none|both|neither|any)\s+of\s+(the|these|those)\b|\b[A-D]\s*(,|and|or|&)\s*[A-D]\b",
-    re.IGNORECASE,
+    r"(?i:\b(all|none|both|neither|any)\s+of\s+(the|these|those)\b)|\b[A-D]\s*(,|and|or|&)\s*[A-D]\b"
 )
 """Choices that refer to other choices, such as "A and B" or "All of the above"."""
 
