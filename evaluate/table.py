@@ -9,6 +9,7 @@ from tcsae.evaluate.estimates import Estimate
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents
 from tcsae.evaluate.temporal import PRIMARY_METRIC, metric_name
 from tcsae.evaluate.truth_ranking import ranking_lines
+from tcsae.evaluate.unlearning_table import unlearning_lines
 
 WIDTH = 120
 """Columns that the table keeps to; long names are cut with an ellipsis, figures never."""
@@ -43,6 +44,8 @@ def table(evaluation: Evaluation) -> str:
     for comparison in evaluation.comparisons:
         # a minus sign is no hyphen to break at
         lines += textwrap.wrap(_compared(comparison), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    for line in unlearning_lines(evaluation.rows):
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(line.rstrip() for line in lines)
 
 
