@@ -16,6 +16,7 @@ from tcsae.evaluate.config import EvaluateConfig, Suite
 from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
+from tcsae.evaluate.probe_figures import probe_name
 from tcsae.evaluate.subjects import Subject, control_of, find_saes, load_subject, with_unique_names
 from tcsae.evaluate.suites import SUITES_IN_ORDER
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
@@ -30,6 +31,11 @@ COMPARED_LAG = 8
 
 RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
 """Compared with the control beside the autocorrelation: what the consistency cost."""
+
+COMPARED_PROBES = tuple(
+    probe_name(task, "H", 20) for task in ("topic", "source", "position", "token", "previous_token")
+)
+"""What H tells more, and by which short cuts."""
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -211,7 +217,7 @@ def _finish(
 def _compare(one: Subject, treated: Row, control: Row) -> Comparison:
     names = [metric_name(part, COMPARED_LAG) for part in parts_of(one.sae)]
     estimates: dict[str, Estimate] = {}
-    for name in (*names, *RECONSTRUCTION_METRICS):
+    for name in (*names, *RECONSTRUCTION_METRICS, *COMPARED_PROBES):
         if name not in treated.estimates:
             continue
         pair = compare_with_control(

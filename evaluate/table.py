@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from tcsae.evaluate.estimates import Estimate
+from tcsae.evaluate.probe_figures import probe_name
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents
 from tcsae.evaluate.temporal import metric_name
 
@@ -36,11 +37,15 @@ def table(evaluation: Evaluation) -> str:
         f"ac{TABLE_LAG}: mean lag-{TABLE_LAG} autocorrelation of live features, ac{TABLE_LAG} H: of block H."
     )
     lines += textwrap.wrap(note, WIDTH)
+    if any(_PROBE in row.estimates for row in evaluation.rows):
+        lines += textwrap.wrap(_probed(evaluation.rows), WIDTH)
     for comparison in evaluation.comparisons:
         # a minus sign is no hyphen to break at
         lines += textwrap.wrap(_compared(comparison), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(line.rstrip() for line in lines)
 
+
+_PROBE = probe_name("topic", "H", 20)
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("arm", lambda row: _cut(row.arm, 20)),
@@ -54,10 +59,12 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("KL score", lambda row: _value(row, "kl_score", ".3f")),
     (f"ac{TABLE_LAG}", lambda row: _value(row, metric_name("whole", TABLE_LAG), ".4f")),
     (f"ac{TABLE_LAG} H", lambda row: _with_interval(row, metric_name("H", TABLE_LAG), ".4f")),
+    ("topic H", lambda row: _with_interval(row, _PROBE, ".2f")),
+    ("topic L", lambda row: _value(row, probe_name("topic", "L", 20), ".2f")),
 )
 
 
-_SPARED = ("MSE/d", f"ac{TABLE_LAG}", "L0 H", "KL score", "dead")
+_SPARED = ("MSE/d", "topic L", f"ac{TABLE_LAG}", "L0 H", "KL score", "dead")
 """Columns left out, in this order, where the table would be too wide."""
 
 
@@ -71,6 +78,15 @@ def _fitting(rows: Sequence[Row]) -> list[str]:
         if max(map(len, lines)) <= WIDTH:
             break
     return lines
+
+
+def _probed(rows: Sequence[Row]) -> str:
+    """What the probes' columns mean."""
+    chances = [row.estimates["probe_topic_chance"].value for row in rows if _PROBE in row.estimates]
+    return (
+        "topic H, topic L: balanced accuracy of a topic probe on 20 features of the block, on documents that "
+        f"neither it nor the SAE has seen; chance {chances[0]:.2f}."
+    )
 
 
 def _cut(text: str, most: int) -> str:
