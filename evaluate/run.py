@@ -21,6 +21,7 @@ from tcsae.evaluate.core import outliers_left_out
 from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
+from tcsae.evaluate.probe_figures import probe_name
 from tcsae.evaluate.references import Material, reference_sample, references
 from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import (
@@ -54,6 +55,11 @@ COMPARED_METRICS = ("autocorrelation", PRIMARY_METRIC)
 
 RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
 """Compared with the control beside them: what the consistency cost."""
+
+COMPARED_PROBES = tuple(
+    probe_name(task, "H", 20) for task in ("topic", "source", "position", "token", "previous_token")
+)
+"""What H tells more, and by which short cuts."""
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -323,7 +329,7 @@ def _compare(one: Subject, treated: Row, control: Row) -> Comparison:
         parts.append("best")
     names = [metric_name(part, COMPARED_LAG, metric) for metric in COMPARED_METRICS for part in parts]
     estimates: dict[str, Estimate] = {}
-    for name in (*names, *RECONSTRUCTION_METRICS):
+    for name in (*names, *RECONSTRUCTION_METRICS, *COMPARED_PROBES):
         if name not in treated.estimates:
             continue
         pair = compare_with_control(

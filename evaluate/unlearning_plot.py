@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tcsae.evaluate.plots import OKABE_ITO
 from tcsae.evaluate.unlearning.score import RETAIN_LIMIT
 from tcsae.store.atomic import write_atomically
 from tcsae.store.errors import RunError
+from tcsae.train.figure_style import colour
 
 WIDTH = 3.5
 """Inches: one column of a paper."""
@@ -96,7 +96,7 @@ def unlearning_figure(rows: Sequence[UnlearningRow], path: Path, caption: str = 
 
     topics = list(dict.fromkeys(row.topic for row in rows))
     arms = list(dict.fromkeys(row.arm for row in rows))
-    colour_of = {arm: OKABE_ITO[at % len(OKABE_ITO)] for at, arm in enumerate(arms)}
+    colour_of = {arm: colour(at) for at, arm in enumerate(arms)}
     n_legend = 2 + len(arms)
     lines = _wrapped(caption)
     height = 2.1 * max(len(topics), 1) + 0.18 * (-(-n_legend // 2)) + 0.12 * len(lines) + 0.35

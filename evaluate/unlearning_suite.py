@@ -157,8 +157,8 @@ def _measured(
             metrics={"topics": topics},
         )
     score = examined.estimates["unlearning_questions_score"]
-    undefined = {"unlearning_score": score.reason} if score.value is None else {}
-    facts |= {"questions": examined.facts, "undefined": undefined}
+    no_score = {"unlearning_score": score.reason} if score.value is None else {}
+    facts |= {"questions": examined.facts, "undefined": no_score}
     return Measured(
         result=SuiteResult(print_, estimates | examined.estimates, draws | examined.draws, facts),
         kind="unlearning",
