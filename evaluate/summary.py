@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tcsae.evaluate.estimates import Draws, Estimate
+from tcsae.evaluate.truth_ranking import Ranking
 from tcsae.store.atomic import write_atomically
 
 SUMMARY_SCHEMA = pa.schema(
@@ -77,6 +78,10 @@ class Evaluation:
     """store, model, split, tokens, documents and settings"""
     figure: Path | None
     """``final_metrics.png``, None if the core suite was not asked for"""
+    ranking: Ranking | None = None
+    """whether temporal metrics order as the truth does; None unless both suites were asked for"""
+    unlearning_figure: Path | None = None
+    """``unlearning.png``, None if the unlearning suite was not asked for"""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the content of ``summary.json``; without the draws."""
@@ -111,7 +116,7 @@ def replayed_documents(rows: Sequence[Row]) -> int | None:
     The replay stops at ``max_tokens``, so these are fewer than the store's figures rest on.
     """
     found = [row.estimates["loss_recovered"].n_documents for row in rows if "loss_recovered" in row.estimates]
-    return max(found, default=None)
+    return max(found, default=0) or None
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from tcsae.evaluate.autocorrelation import LAGS
 from tcsae.evaluate.compare.arms import Arm
 from tcsae.evaluate.compare.contrasts import Figure, few_seeds
 from tcsae.evaluate.compare.folders import Evaluated
 from tcsae.evaluate.compare.front import COSTS, Point
 from tcsae.evaluate.plots import PANELS, Bar, draw_final
+from tcsae.evaluate.temporal_codes import LAGS
 from tcsae.store.errors import TcsaeError
 from tcsae.train.config import ArmConfig
 from tcsae.train.figure_style import colour, dash, explain, marker, one_column, save_png
