@@ -7,6 +7,7 @@ thousands of others in a variance) and count them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,14 @@ class HeldOut:
         """
         return torch.arange(self.n_documents) % min(most, self.n_documents)
 
+    def only(self, contexts: Indices) -> HeldOut:
+        """The same documents with those of their contexts alone that are among ``contexts``, in order."""
+        part = copy.copy(self)
+        chosen = np.isin(self.contexts, contexts)
+        part.contexts, part.document_of_context = self.contexts[chosen], self.document_of_context[chosen]
+        part.start, part.length = self.start[chosen], self.length[chosen]
+        return part
+
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
         """Every stored token of the split once, in order, about ``rows`` at a time, contexts whole."""
         ends = np.cumsum(self.length)
@@ -148,6 +157,11 @@ class HeldOut:
         by_length = np.argsort(self.length[drawn], kind="stable")[::-1]
         parts = [by_length[at : at + batch_size] for at in range(0, n_drawn, batch_size)]
         return [self._batch(drawn[part], document[part]) for part in parts]
+
+    def batch_of(self, contexts: Indices) -> Batch:
+        """The contexts with these numbers in the store as one batch, in this order; all must be here."""
+        at = np.searchsorted(self.contexts, contexts)
+        return self._batch(at, self.document_of_context[at])
 
     def _batch(self, contexts: Indices, document: Indices) -> Batch:
         bos = self.store.provenance.bos_token_id
