@@ -101,11 +101,11 @@ def test_every_context_is_in_one_block_and_every_document_in_one_part(
 def test_a_document_of_many_blocks_still_has_another_one_beside_it(
     held_out: HeldOut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "BLOCK_ROWS", 100)
+    monkeypatch.setattr(passes, "BLOCK_ROWS", 300)
     long = 30  # the document of 400 tokens, 8 contexts
     (blocks,) = parts_of_text(held_out)
     beside = [set(held_out.document_of_context[one].tolist()) for one in blocks]
-    assert sum(long in documents for documents in beside) >= 4
+    assert sum(long in documents for documents in beside) >= 2
     assert all(len(documents) > 1 for documents in beside)
     sums = temporal_sums(SAEEncoder(an_sae()), held_out, seed=0, lags=(1,))
     assert sums.n_pairs[long, 2, 0] > 0
