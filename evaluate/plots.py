@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,13 @@ import numpy as np
 from tcsae.evaluate.estimates import Draws
 from tcsae.evaluate.intervals import interval
 from tcsae.evaluate.summary import Row
-from tcsae.store.atomic import write_atomically
+from tcsae.train.figure_style import SMALL, colour, explain, hatch, one_column, save_png, title_place
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-"""Colours that stay apart for colour-blind readers; arms beyond the eighth begin again, hatched."""
+ROOMY = 4
+"""Arms up to which there is room for each bar's figure above it."""
 
-HATCHES = ("", "///", "...", "xxx")
+MOST_LABEL = 20
+"""Characters of all arms' names together that fit below the bars; longer ones stand in a legend, by number."""
 
 
 class Panel(NamedTuple):
@@ -36,7 +36,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("explained_variance", "Explained Variance", "explained variance ratio", "higher is better"),
     Panel("mse_per_dimension", "Mean Squared Error", "squared error per dimension", "lower is better"),
-    Panel("kl_sae", "KL Divergence", "KL to the clean model (nats per token)", "lower is better"),
+    Panel("kl_sae", "KL Divergence", "KL to clean model (nats)", "lower is better"),
 )
 
 
@@ -87,68 +87,76 @@ def bars_of(rows: Sequence[Row], metric: str) -> list[Bar]:
 
 
 def final_metrics(rows: Sequence[Row], path: Path, caption: str) -> None:
-    """Draw the three subplots and write them to ``path`` as PNG, whole or not at all."""
-    # The figure's own canvas, not pyplot: no global state, no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw the three subplots of ``rows`` and write them to ``path`` as PNG, whole or not at all."""
     arms = list(dict.fromkeys(row.arm for row in rows))
-    figure = Figure(figsize=(max(10.5, 3 + 1.7 * len(arms)), 4.6), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        _draw(axes, panel, bars_of(rows, panel.metric), arms)
-    figure.supxlabel(caption, fontsize=8, color="#444444")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
+    draw_final({panel.metric: bars_of(rows, panel.metric) for panel in PANELS}, arms, path, caption)
 
 
-def _draw(axes: Any, panel: Panel, bars: Sequence[Bar], arms: Sequence[str]) -> None:
-    axes.set_title(panel.title, fontsize=12)
-    axes.set_ylabel(f"{panel.axis}\n({panel.better})", fontsize=9)
+def draw_final(bars: Mapping[str, Sequence[Bar]], arms: Sequence[str], path: Path, caption: str) -> None:
+    """Draw the three subplots from finished bars, those of each panel's metric, in the order of ``arms``."""
+    from matplotlib.patches import Patch
+
+    numbered = sum(map(len, arms)) > MOST_LABEL
+    with one_column(46) as figure:
+        for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+            _draw(axes, panel, bars[panel.metric], arms, numbered=numbered)
+        labels = [f"{at + 1}  {arm}" for at, arm in enumerate(arms)] if numbered else []
+        handles = [
+            Patch(facecolor=colour(at), hatch=hatch(at), edgecolor="black", linewidth=0.4)
+            for at in range(len(labels))
+        ]
+        explain(figure, handles, labels, caption)
+        save_png(figure, path)
+
+
+def _draw(axes: Any, panel: Panel, bars: Sequence[Bar], arms: Sequence[str], *, numbered: bool) -> None:
+    axes.set_title(panel.title, loc=title_place(panel.title))
+    axes.set_ylabel(f"{panel.axis}\n({panel.better})")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
     axes.set_axisbelow(True)
-    axes.yaxis.grid(True, color="#dddddd", linewidth=0.6)
+    axes.yaxis.grid(True, color="#dddddd")
     for bar in bars:
         at = arms.index(bar.arm)
         axes.bar(
             at,
             bar.value,
-            width=0.62,
-            color=OKABE_ITO[at % len(OKABE_ITO)],
-            hatch=HATCHES[at // len(OKABE_ITO) % len(HATCHES)],
+            width=0.68,
+            color=colour(at),
+            hatch=hatch(at),
             edgecolor="black",
-            linewidth=0.6,
+            linewidth=0.4,
             yerr=[[max(bar.value - bar.low, 0.0)], [max(bar.high - bar.value, 0.0)]],
-            capsize=4,
-            error_kw={"linewidth": 1.2},
+            capsize=min(2.0, 12 / len(arms)),
+            error_kw={"linewidth": 0.6, "capthick": 0.6},
         )
         if len(bar.seeds) > 1:
-            spread = at + np.linspace(-0.15, 0.15, len(bar.seeds))
-            axes.plot(spread, bar.seeds, "o", markersize=3.5, color="white", markeredgecolor="black")
+            spread = at + np.linspace(-0.2, 0.2, len(bar.seeds))
+            axes.plot(
+                spread,
+                bar.seeds,
+                "o",
+                markersize=1.3,
+                color="white",
+                markeredgecolor="black",
+                markeredgewidth=0.3,
+            )
     _limits(axes, panel, bars)
-    for bar in bars:
+    for bar in bars if len(arms) <= ROOMY else ():
         upward = bar.value >= 0
         top = max((bar.high, *bar.seeds)) if upward else min((bar.low, *bar.seeds))
         axes.annotate(
             f"{bar.value:.3g}",
             (arms.index(bar.arm), top),
-            xytext=(0, 3 if upward else -3),
+            xytext=(0, 1.5 if upward else -1.5),
             textcoords="offset points",
             ha="center",
             va="bottom" if upward else "top",
-            fontsize=8.5,
+            fontsize=SMALL,
         )
-    longest = max((len(arm) for arm in arms), default=0)
-    tilted = longest * len(arms) > 30
-    axes.set_xticks(
-        range(len(arms)),
-        arms,
-        rotation=30 if tilted else 0,
-        ha="right" if tilted else "center",
-        rotation_mode="anchor" if tilted else "default",
-    )
+    every = 1 if len(arms) <= 2 * ROOMY else -(-len(arms) // (2 * ROOMY))
+    shown = range(0, len(arms), every)
+    axes.set_xticks(shown, [str(at + 1) if numbered else arms[at] for at in shown])
+    axes.set_xlabel("model variant")
     axes.set_xlim(-0.6, len(arms) - 0.4)
 
 
@@ -158,9 +166,9 @@ def _limits(axes: Any, panel: Panel, bars: Sequence[Bar]) -> None:
     highest = max((max(bar.high, bar.value, *bar.seeds) for bar in bars), default=1.0)
     if panel.metric == "explained_variance":
         # the source document's range; the margin keeps the figures clear of the frame
-        axes.set_ylim(min(-1.0, 1.15 * lowest), max(1.0, highest) + 0.12)
+        axes.set_ylim(min(-1.0, 1.15 * lowest), max(1.0, highest) + 0.15)
         if lowest >= -1.0:
             axes.set_yticks(np.arange(-1.0, 1.01, 0.5))
-        axes.axhline(0.0, color="black", linewidth=0.8)
+        axes.axhline(0.0, color="black", linewidth=0.5)
     else:
         axes.set_ylim(min(0.0, 1.15 * lowest), 1.15 * highest if highest > 0 else 1.0)

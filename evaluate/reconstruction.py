@@ -12,8 +12,7 @@ Repaired definitions (r = ||x - xh||^2, mean over kept tokens, all sums in float
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -44,17 +43,60 @@ METRICS = (
 )
 
 
-class StoreSums(NamedTuple):
-    """One pass over the held-out rows."""
+class Gathered:
+    """Sums over tokens for each unit of resampling, from which `figures` are computed.
 
-    sums: Float[np.ndarray, "unit sum"]
-    """`COLUMNS`, then the sum of x minus the centre"""
-    firings: Int64[np.ndarray, " feature"]
-    """kept tokens at which each feature is not 0"""
-    n_kept: int
-    """kept tokens"""
-    n_outliers: int
-    """tokens left out as outliers"""
+    Parameters
+    ----------
+    sae
+        what encodes and reconstructs
+    n_units
+        units of resampling
+    centre
+        any vector near the mean: squares are summed about it, so that no precision is lost where the mean is
+        large beside the spread. The figures do not depend on it
+    """
+
+    def __init__(self, sae: SAE, n_units: int, centre: Float[Tensor, " d_model"]) -> None:
+        self._block_size = sae.block_size
+        self._centre = centre.to(sae.device)
+        self.sums: Float[np.ndarray, "unit sum"] = np.zeros((n_units, len(COLUMNS) + len(centre)))
+        """`COLUMNS`, then the sum of x minus the centre"""
+        self.firings: Int64[np.ndarray, " feature"] = np.zeros(sae.d_sae, dtype=np.int64)
+        """kept tokens at which each feature is not 0"""
+        self.n_kept = 0
+        """kept tokens"""
+        self.n_outliers = 0
+        """tokens left out as outliers"""
+
+    def add(
+        self,
+        x: Float[Tensor, "kept d_model"],
+        f: Float[Tensor, "kept feature"],
+        xh: Float[Tensor, "kept d_model"],
+        unit: Int64[np.ndarray, " kept"],
+    ) -> None:
+        """Add kept tokens; ``unit`` is each one's unit of resampling."""
+        if not len(x):
+            return
+        rows = token_sums(x, f, xh, self._centre, self._block_size).cpu().numpy()
+        # tokens of a unit mostly stand together: [3, 3, 5] begins at [0, 2]
+        begins = np.flatnonzero(np.diff(unit, prepend=-1))
+        np.add.at(self.sums, unit[begins], np.add.reduceat(rows, begins))
+        self.firings += (f != 0).sum(dim=0).cpu().numpy()
+        self.n_kept += len(x)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything gathered so far, for `restore`."""
+        return {"unit_sums": self.sums, "nonzero": self.firings, "n_gathered": np.array(self.n_kept)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` gave."""
+        self.sums, self.firings, self.n_kept = (
+            state["unit_sums"],
+            state["nonzero"],
+            int(state["n_gathered"]),
+        )
 
 
 def store_sums(
@@ -62,29 +104,19 @@ def store_sums(
     blocks: Iterable[Block],
     unit_of_document: Int64[Tensor, " document"],
     centre: Float[Tensor, " d_model"],
-) -> StoreSums:
-    """Sums over ``blocks`` for each unit of resampling.
-
-    ``centre`` is any vector near the mean: squares are summed about it, so that no precision is lost where
-    the mean is large beside the spread. The figures do not depend on it.
-    """
-    n_units = int(unit_of_document.max()) + 1
-    sums = np.zeros((n_units, len(COLUMNS) + len(centre)))
-    firings = np.zeros(sae.d_sae, dtype=np.int64)
-    n_kept = n_outliers = 0
+    advance: Callable[[int], None] | None = None,
+) -> Gathered:
+    """Sums over all kept tokens of ``blocks``; ``advance`` is told the rows of each block."""
+    unit_of = unit_of_document.numpy()
+    found = Gathered(sae, int(unit_of.max()) + 1, centre)
     for block in blocks:
-        n_outliers += block.n_outliers
-        x, document = block.x[block.kept].to(sae.device), block.document[block.kept].numpy()
-        if not len(x):
-            continue
+        found.n_outliers += block.n_outliers
+        x = block.x[block.kept].to(sae.device)
         f = sae.encode(x)
-        rows = token_sums(x, f, sae.decode(f), centre.to(sae.device), sae.block_size).cpu().numpy()
-        # rows of a document stand together: [3, 3, 5] begins its documents at [0, 2]
-        begins = np.flatnonzero(np.diff(document, prepend=-1))
-        np.add.at(sums, unit_of_document.numpy()[document[begins]], np.add.reduceat(rows, begins))
-        firings += (f != 0).sum(dim=0).cpu().numpy()
-        n_kept += len(x)
-    return StoreSums(sums, firings, n_kept, n_outliers)
+        found.add(x, f, sae.decode(f), unit_of[block.document[block.kept].numpy()])
+        if advance is not None:
+            advance(len(block.x))
+    return found
 
 
 def token_sums(

@@ -5,22 +5,43 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
+from jaxtyping import Float
+from torch import Tensor
 
-from tcsae.evaluate.bench import Bench, Measured
-from tcsae.evaluate.config import EvaluateConfig, Suite
-from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult, read_result, write_result
+from tcsae.evaluate.bench import About, Bench, Measured
+from tcsae.evaluate.config import DEFAULT_SUITES, EvaluateConfig, Suite
+from tcsae.evaluate.core import outliers_left_out
+from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
-from tcsae.evaluate.probe_figures import probe_name
-from tcsae.evaluate.subjects import Subject, control_of, find_saes, load_subject, with_unique_names
+from tcsae.evaluate.probe_figures import SIZES, probe_name
+from tcsae.evaluate.probe_samples import CONTEXT_TASKS, TOKEN_TASKS
+from tcsae.evaluate.references import Material, reference_sample, references
+from tcsae.evaluate.splice import ReplayModel
+from tcsae.evaluate.subjects import (
+    Origin,
+    Subject,
+    control_of,
+    find_saes,
+    load_subject,
+    with_unique_names,
+)
 from tcsae.evaluate.suites import SUITES_IN_ORDER
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
-from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of
+from tcsae.evaluate.temporal import PRIMARY_METRIC, Part, compare_with_control, metric_name, parts_of
+from tcsae.evaluate.temporal_references import reference_rows
+from tcsae.evaluate.token_rows import TokenRows, read_token_rows
+from tcsae.evaluate.truth_oracle import oracle_table
+from tcsae.evaluate.truth_ranking import Ranking, rank, write_ranking
+from tcsae.harvest.model import LanguageModel
+from tcsae.harvest.synthetic import truth_of_store
 from tcsae.store.atomic import exclusive, partial_file
 from tcsae.store.device import choose_device
 from tcsae.store.errors import Interrupted, RunBusy
@@ -29,13 +50,16 @@ from tcsae.store.reader import ActivationStore
 COMPARED_LAG = 8
 """Lag, in tokens, at which an SAE is compared with its control."""
 
+COMPARED_METRICS = ("autocorrelation", PRIMARY_METRIC)
+"""Temporal metrics that are compared with the control's, for every part of the dictionary."""
+
 RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
-"""Compared with the control beside the autocorrelation: what the consistency cost."""
+"""Compared with the control beside them: what the consistency cost."""
 
 COMPARED_PROBES = tuple(
-    probe_name(task, "H", 20) for task in ("topic", "source", "position", "token", "previous_token")
+    probe_name(task, "H", size) for task in (*CONTEXT_TASKS, *TOKEN_TASKS) for size in SIZES
 )
-"""What H tells more, and by which short cuts."""
+"""What H tells that the control's H does not, and whether it has taken a short cut."""
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -59,21 +83,72 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Interrupted
         Ctrl-C; finished results stay
     """
-    store = ActivationStore.open(config.store)
-    subjects = with_unique_names(
-        [load_subject(folder, store) for path in config.saes for folder in find_saes(path)]
-    )
-    return evaluate_subjects(subjects, store, config)
+    store = None if config.store is None else ActivationStore.open(config.store)
+    rows = None if config.tokens is None else read_token_rows(config.tokens)
+    folders = [folder for path in config.saes for folder in find_saes(path)]
+    model = None
+    if store is not None:
+        origin = Origin.of_store(store)
+    else:
+        from tcsae.harvest.model import load_model
+
+        assert config.model is not None  # the configuration rejects it
+        model = load_model(config.model, device=config.device)
+        origin = Origin.of_model(model)
+    if rows is not None and model is not None:
+        rows.check(model.vocab_size, model.max_context, model.special_token_ids)
+    subjects = [load_subject(folder, origin) for folder in folders]
+    subjects += _references(subjects, origin, store, rows, model, config)
+    return evaluate_subjects(with_unique_names(subjects), store, config, rows=rows, model=model)
+
+
+def _references(
+    subjects: Sequence[Subject],
+    origin: Origin,
+    store: ActivationStore | None,
+    rows: TokenRows | None,
+    model: LanguageModel | None,
+    config: EvaluateConfig,
+) -> list[Subject]:
+    """What is evaluated beside ``subjects``, at each of their hooks."""
+
+    def sample(hook: str) -> Float[Tensor, "token d_model"]:
+        if store is not None:
+            return reference_sample(store, hook, config.seed)
+        assert rows is not None
+        assert model is not None
+        return rows.sample(hook, cast(ReplayModel, model), config.batch_size, model.special_token_ids)
+
+    first: dict[str, Subject] = {}
+    for one in subjects:
+        first.setdefault(one.hook, one)
+    materials = [
+        Material(one, origin, store, partial(sample, hook), config.seed) for hook, one in first.items()
+    ]
+    return references(config.references, materials, config.out / "references")
 
 
 def evaluate_subjects(
-    subjects: Sequence[Subject], store: ActivationStore, config: EvaluateConfig
+    subjects: Sequence[Subject],
+    store: ActivationStore | None,
+    config: EvaluateConfig,
+    *,
+    rows: TokenRows | None = None,
+    model: LanguageModel | None = None,
 ) -> Evaluation:
-    """As `evaluate`, for SAEs that are already loaded (reference SAEs, for instance)."""
-    held_out = {
-        hook: HeldOut(store, hook, config.split) for hook in dict.fromkeys(one.hook for one in subjects)
-    }
-    bench = Bench(config, store, held_out)
+    """As `evaluate`, for SAEs, and perhaps a model, that are already loaded."""
+    if store is not None and store.provenance.truth is not None and config.suites == DEFAULT_SUITES:
+        config = replace(config, suites=(*DEFAULT_SUITES, "truth"))
+    hooks = dict.fromkeys(one.hook for one in subjects)
+    held_out = (
+        {hook: HeldOut(store, hook, config.split) for hook in hooks}
+        if store is not None and rows is None
+        else {}
+    )
+    bench = Bench(config, store, held_out, rows, model)
+    if rows is not None:
+        model = bench.language_model
+        rows.check(model.vocab_size, model.max_context, model.special_token_ids)
     # before anything is measured: the temporal suite alone can take long
     choose_device(config.device)
     for suite in SUITES_IN_ORDER:
@@ -124,10 +199,10 @@ def _write(one: Subject, suite: Suite, measured: Measured, bench: Bench) -> None
     if measured.features is not None:
         with partial_file(bench.config.out / "features" / f"{one.name}.parquet") as beside:
             pq.write_table(measured.features, beside, compression="zstd")
-    write_result(*_paths(bench.config, suite, one), _envelope(one, measured, bench.store), measured.result)
+    write_result(*_paths(bench.config, suite, one), _envelope(one, measured, bench.about), measured.result)
 
 
-def _envelope(one: Subject, measured: Measured, store: ActivationStore) -> dict[str, Any]:
+def _envelope(one: Subject, measured: Measured, about: About) -> dict[str, Any]:
     """SAEBench's envelope, all of its keys but the unstructured part."""
     sae = one.sae
     return {
@@ -145,10 +220,10 @@ def _envelope(one: Subject, measured: Measured, store: ActivationStore) -> dict[
             "architecture": sae.architecture,
             "d_in": sae.d_in,
             "d_sae": sae.d_sae,
-            "model_name": store.provenance.model,
+            "model_name": about.model,
             "hook_name": one.hook,
-            "context_size": store.provenance.context_length,
-            "prepend_bos": store.provenance.bos_token_id is not None,
+            "context_size": about.context_length,
+            "prepend_bos": about.has_bos,
             "dtype": "float32",
             "k": sae.k,
             "block_size": sae.block_size,
@@ -162,7 +237,7 @@ def _finish(
     bench: Bench,
 ) -> Evaluation:
     """Summary, comparisons and figure from the results of all suites."""
-    config, store, held_out = bench.config, bench.store, bench.held_out
+    config, about = bench.config, bench.about
     rows = []
     for one in subjects:
         estimates: dict[str, Estimate] = {}
@@ -170,52 +245,74 @@ def _finish(
         for suite in config.suites:
             estimates |= results[suite, one.name].estimates
             draws |= results[suite, one.name].draws
-        rows.append(Row(one.name, one.arm, one.seed, one.sae.block_size, estimates, draws))
+        rows.append(Row(one.name, one.arm, one.seed, one.sae.block_size, estimates, draws, one.origin))
     row_of = {row.sae: row for row in rows}
     comparisons = []
     for one in subjects:
         control = control_of(one, subjects)
         if control is not None:
             comparisons.append(_compare(one, row_of[one.name], row_of[control.name]))
-    first = next(iter(held_out.values()))
-    made = store.provenance
+    references: list[Row] = []
+    if config.temporal_references:
+        temporal = {name: result for (suite, name), result in results.items() if suite == "temporal"}
+        references = reference_rows(subjects, temporal, bench)
     conditions = {
         "tcsae": version("tcsae"),
-        "store": store.id,
-        "model": made.model,
-        "model_sha256": made.model_sha256,
-        "corpus": made.corpus,
-        "hooks": list(held_out),
-        "n_documents": first.n_documents,
-        "n_tokens": first.n_tokens,
+        "result_version": RESULT_VERSION,
+        "store": None if bench.store_or_none is None else bench.store_or_none.id,
+        "model": about.model,
+        "model_sha256": about.model_sha256,
+        "corpus": about.corpus,
+        "hooks": list(dict.fromkeys(one.hook for one in subjects)),
+        "n_documents": about.n_documents,
+        "n_tokens": about.n_tokens,
         "suites": list(config.suites),
         "max_tokens": config.max_tokens,
         "batch_size": config.batch_size,
         **bench.conditions,
     }
+    if bench.rows is not None:
+        conditions |= {"tokens_sha256": bench.rows.sha256, "split": None, "max_tokens": None}
     replayed = replayed_documents(rows)
     left_out = {
-        one.hook: results["core", one.name].facts["store"]["n_outliers_left_out"]
-        for one in subjects
-        if "core" in config.suites
+        one.hook: outliers_left_out(results["core", one.name]) for one in subjects if "core" in config.suites
     }
     if replayed is not None:
         conditions |= {"n_replayed_documents": replayed, "n_outliers_left_out": left_out}
     figure = config.out / "final_metrics.png" if "core" in config.suites else None
     if figure is not None:
+        of_them = f", KL on {replayed} of them" if bench.rows is None and replayed is not None else ""
+        unit = "documents" if bench.rows is None else "rows"
         caption = (
-            f"{made.model}, {', '.join(held_out)}; {first.n_documents} {config.split} documents, KL on "
-            f"{replayed} of them; error bars: 95 % bootstrap intervals over documents"
+            f"{about.model}, {', '.join(conditions['hooks'])}; {about.caption}{of_them}; "
+            f"error bars: 95 % bootstrap intervals over {unit}"
         )
         n_outliers = sum(left_out.values())
         final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))
-    evaluation = Evaluation(config.out, tuple(rows), tuple(comparisons), conditions, figure)
+    ranking = _ranked(results, bench) if {"temporal", "truth"} <= set(config.suites) else None
+    evaluation = Evaluation(config.out, (*rows, *references), tuple(comparisons), conditions, figure, ranking)
     write_summary(evaluation)
     return evaluation
 
 
+def _ranked(results: dict[tuple[Suite, str], SuiteResult], bench: Bench) -> Ranking:
+    of = {
+        wanted: {sae: found for (suite, sae), found in results.items() if suite == wanted}
+        for wanted in ("temporal", "truth")
+    }
+    source, out = truth_of_store(bench.store), bench.config.out
+    held_out = next(iter(bench.held_out.values()))  # a synthetic store has one hook
+    oracle = oracle_table(held_out, source, out, seed=bench.config.seed)
+    ranking = rank(of["temporal"], of["truth"], source, out, oracle)
+    write_ranking(ranking, bench.config.out)
+    return ranking
+
+
 def _compare(one: Subject, treated: Row, control: Row) -> Comparison:
-    names = [metric_name(part, COMPARED_LAG) for part in parts_of(one.sae)]
+    parts: list[Part] = list(parts_of(one.sae))
+    if one.sae.block_size:
+        parts.append("best")
+    names = [metric_name(part, COMPARED_LAG, metric) for metric in COMPARED_METRICS for part in parts]
     estimates: dict[str, Estimate] = {}
     for name in (*names, *RECONSTRUCTION_METRICS, *COMPARED_PROBES):
         if name not in treated.estimates:
@@ -224,4 +321,15 @@ def _compare(one: Subject, treated: Row, control: Row) -> Comparison:
             name, treated.draws.get(name), control.draws.get(name), treated.estimates[name].n_documents
         )
         estimates |= {estimate.metric: estimate for estimate in pair}
+    # a block that training made against the one that hindsight finds in the control
+    for metric in COMPARED_METRICS:
+        block, best = (metric_name(part, COMPARED_LAG, metric) for part in ("H", "best"))
+        if block in treated.estimates:
+            pair = compare_with_control(
+                f"{block}_against_best",
+                treated.draws.get(block),
+                control.draws.get(best),
+                treated.estimates[block].n_documents,
+            )
+            estimates |= {estimate.metric: estimate for estimate in pair}
     return Comparison(treated.sae, control.sae, estimates)

@@ -18,9 +18,10 @@ or outside what SAEBench can be given:
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -49,6 +50,18 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 }
 """All seven categories of ``eval_result_metrics`` and their fields."""
 
+_POOLED = (
+    "mse",
+    "cossim",
+    "explained_variance_legacy",
+    "l2_norm_in",
+    "l2_norm_out",
+    "l2_ratio",
+    "l0",
+    "l1",
+)
+_BATCH_MEANS = ("r", "x_square", "bias")
+
 SMALL_NORM = 1e-4
 """Below this the norm in ``l2_ratio``'s denominator is replaced by 1."""
 
@@ -61,9 +74,9 @@ class ReconstructionFigures:
     """
 
     def __init__(self) -> None:
-        self._pooled: dict[str, float] = defaultdict(float)
+        self._pooled = dict.fromkeys(_POOLED, 0.0)
         self._n_pooled = 0
-        self._means: dict[str, list[float]] = defaultdict(list)
+        self._means: dict[str, list[float]] = {name: [] for name in _BATCH_MEANS}
         self._d_model = 0
 
     def add(
@@ -115,6 +128,20 @@ class ReconstructionFigures:
             "relative_reconstruction_bias": mean["bias"],
         }
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything gathered so far, for `restore`."""
+        return {
+            "pooled": np.array([*self._pooled.values()]),
+            "counts": np.array([self._n_pooled, self._d_model]),
+            "means": np.array([*self._means.values()]).reshape(len(_BATCH_MEANS), -1),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` gave."""
+        self._pooled = dict(zip(_POOLED, state["pooled"].tolist(), strict=True))
+        self._n_pooled, self._d_model = state["counts"].tolist()
+        self._means = dict(zip(_BATCH_MEANS, state["means"].tolist(), strict=True))
+
 
 class FeatureFigures:
     """How often each feature fires at kept positions, and in how many rows."""
@@ -139,6 +166,19 @@ class FeatureFigures:
             "feature_density": firings / self._n_kept,
             "consistent_activation_heuristic": firings / self._rows,
         }
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything gathered so far, for `restore`."""
+        return {
+            "firings": self._firings.numpy(),
+            "rows": self._rows.numpy(),
+            "n_kept": np.array(self._n_kept),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over what `state` gave."""
+        self._firings, self._rows = torch.from_numpy(state["firings"]), torch.from_numpy(state["rows"])
+        self._n_kept = int(state["n_kept"])
 
 
 def weight_figures(

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from tcsae.harvest.model import LanguageModel
 from tcsae.store.errors import ConfigError, RunNotFound, StoreMismatch, TrainingCollapsed
 from tcsae.store.reader import ActivationStore
 from tcsae.train.sae.inference import SAE
@@ -44,6 +45,25 @@ class Subject:
         alpha = self.settings.get("alpha")
         return None if alpha is None else float(alpha)
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it is and where it came from, in JSON's types: enough to tell SAEs apart, to know which differ in what,
+        and to find the run again."""
+        ours = self.sae.metadata.get("tcsae") or {}
+        folder = Path(self.where)
+        return {
+            "digest": self.digest,
+            "hook": self.hook,
+            "architecture": self.sae.architecture,
+            "d_sae": self.sae.d_sae,
+            "k": self.sae.k,
+            "steps": ours.get("steps"),
+            "tokens": ours.get("tokens"),
+            "trained_on": ours.get("store"),
+            "settings": dict(self.settings),
+            "folder": str(folder.resolve()) if folder.is_dir() else None,
+        }
+
 
 def find_saes(path: Path) -> list[Path]:
     """The SAE folders at ``path``: itself, or those below ``sae/`` of a run.
@@ -63,20 +83,62 @@ def find_saes(path: Path) -> list[Path]:
     return found
 
 
-def load_subject(folder: Path, store: ActivationStore) -> Subject:
-    """The SAE in ``folder`` as a subject for ``store``; checked by `subject`."""
-    return subject(load_sae(folder), store, where=str(folder))
+class Origin(NamedTuple):
+    """What an SAE must fit: the store that it is evaluated on, or the model alone."""
+
+    where: str
+    """how messages name it"""
+    hooks: tuple[str, ...]
+    """activations that it has"""
+    d_model: int
+    """their width"""
+    model: str
+    """name of the model"""
+    model_sha256: str
+    """of the model's weights"""
+    advice: str
+    """what to do about another hook, with the hook's name to be filled in"""
+
+    @classmethod
+    def of_store(cls, store: ActivationStore) -> Origin:
+        """A store and the model that made it."""
+        made = store.provenance
+        return cls(
+            store.url,
+            store.hooks,
+            store.d_model,
+            made.model,
+            made.model_sha256,
+            "evaluate it on a store harvested with --hook {}",
+        )
+
+    @classmethod
+    def of_model(cls, model: LanguageModel) -> Origin:
+        """A model without a store."""
+        return cls(
+            f"model {model.name}",
+            model.hook_names,
+            model.d_model,
+            model.name,
+            model.sha256,
+            "evaluate it in its own model, not one without {}",
+        )
 
 
-def subject(sae: SAE, store: ActivationStore, *, where: str) -> Subject:
-    """``sae`` as a subject for ``store``. ``where`` names it in messages.
+def load_subject(folder: Path, origin: ActivationStore | Origin) -> Subject:
+    """The SAE in ``folder`` as a subject for ``origin``; checked by `subject`."""
+    return subject(load_sae(folder), origin, where=str(folder))
+
+
+def subject(sae: SAE, origin: ActivationStore | Origin, *, where: str) -> Subject:
+    """``sae`` as a subject for a store or a model. ``where`` names it in messages.
 
     Raises
     ------
     TrainingCollapsed
         a weight is NaN or infinite
     StoreMismatch
-        it reads another hook, width or model than the store holds
+        it reads another hook, width or model than there is
     """
     for name, weight in sae.state_dict().items():
         n_bad = int((~torch.isfinite(weight)).sum())
@@ -94,45 +156,76 @@ def subject(sae: SAE, store: ActivationStore, *, where: str) -> Subject:
         seed=None if seed is None else int(seed),
         settings=ours.get("recipe") or {},
         where=where,
-        hook=_matching_hook(sae, store, where),
+        hook=_matching_hook(sae, origin if isinstance(origin, Origin) else Origin.of_store(origin), where),
         digest=_digest(sae),
     )
 
 
-def _matching_hook(sae: SAE, store: ActivationStore, where: str) -> str:
-    """The store's hook that ``sae`` reads, after every check that needs no model."""
-    made = store.provenance
+def _matching_hook(sae: SAE, origin: Origin, where: str) -> str:
+    """The hook that ``sae`` reads, after every check that needs no pass of the model."""
     hook = sae.metadata.get("hook_name")
     if hook is None:
-        if len(store.hooks) > 1:
+        if len(origin.hooks) > 1:
             raise StoreMismatch(
-                f"{where}: does not say which hook it reads, and {store.url} has {', '.join(store.hooks)}; "
-                "put hook_name into its cfg.json"
+                f"{where}: does not say which hook it reads, and {origin.where} has "
+                f"{_some(origin.hooks)}; put hook_name into its cfg.json"
             )
-        hook = store.hooks[0]
-    if hook not in store.hooks:
+        hook = origin.hooks[0]
+    if hook not in origin.hooks:
         raise StoreMismatch(
-            f"{where}: reads hook {hook!r}, but {store.url} holds {', '.join(store.hooks)}; evaluate it on "
-            f"a store harvested with --hook {hook}"
+            f"{where}: reads hook {hook!r}, but {origin.where} holds {_some(origin.hooks)}; "
+            + origin.advice.format(hook)
         )
-    if sae.d_in != store.d_model:
+    if sae.metadata.get("hook_head_index") is not None:
         raise StoreMismatch(
-            f"{where}: takes activations of {sae.d_in} dimensions, but {store.url} holds {store.d_model}; "
+            f"{where}: reads head {sae.metadata['hook_head_index']} of {hook} alone, but {origin.where} has whole "
+            "activations only; evaluate SAEs of whole activations"
+        )
+    if sae.d_in != origin.d_model:
+        raise StoreMismatch(
+            f"{where}: takes activations of {sae.d_in} dimensions, but {origin.where} holds {origin.d_model}; "
             "evaluate it on a store of its own model"
         )
     ours = sae.metadata.get("tcsae") or {}
     sha256, model = ours.get("model_sha256"), sae.metadata.get("model_name")
-    if sha256 is not None and sha256 != made.model_sha256:
+    made_by = (
+        origin.where
+        if origin.where == f"model {origin.model}"
+        else f"{origin.where} was made by {origin.model}"
+    )
+    if sha256 is not None and sha256 != origin.model_sha256:
         raise StoreMismatch(
-            f"{where}: trained on model {model} with weights {sha256[:12]}…, but {store.url} was made by "
-            f"{made.model} with weights {made.model_sha256[:12]}…; evaluate it on a store of its own model"
+            f"{where}: trained on model {model} with weights {sha256[:12]}…, but {made_by} with weights "
+            f"{origin.model_sha256[:12]}…; evaluate it on a store of its own model"
         )
-    if sha256 is None and model is not None and model != made.model:
+    if sha256 is None and model is not None and not _same_model(model, origin.model):
         raise StoreMismatch(
-            f"{where}: trained on model {model!r}, but {store.url} was made by {made.model!r}; evaluate it "
-            "on a store of its own model"
+            f"{where}: trained on model {model!r}, but {made_by}; evaluate it on a store of its own model, or "
+            "correct model_name in its cfg.json"
         )
     return str(hook)
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """``a, b, c`` or, of many, the first and how many more."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two names may be those of one model: hub name, short name, or a folder that is called so.
+
+    The hub's cache calls its folders ``models--EleutherAI--pythia-70m/snapshots/<commit>``.
+
+    >>> _same_model("pythia-70m", "EleutherAI/pythia-70m"), _same_model("pythia-70m", "pythia-160m")
+    (True, False)
+    """
+
+    def called(name: str) -> set[str]:
+        parts = [part.casefold() for part in name.split("/") if part]
+        return {*parts[-1:], *(part.split("--")[-1] for part in parts if part.startswith("models--"))}
+
+    return bool(called(one) & called(other))
 
 
 def _digest(sae: SAE) -> str:

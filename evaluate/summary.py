@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tcsae.evaluate.estimates import Draws, Estimate
+from tcsae.evaluate.truth_ranking import Ranking
 from tcsae.store.atomic import write_atomically
 
 SUMMARY_SCHEMA = pa.schema(
@@ -47,6 +48,8 @@ class Row:
     """by metric, over all suites"""
     draws: dict[str, Draws]
     """bootstrap draws of the metrics that have an interval"""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """what it is and where it came from: `tcsae.evaluate.subjects.Subject.origin`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class Evaluation:
     """store, model, split, tokens, documents and settings"""
     figure: Path | None
     """``final_metrics.png``, None if the core suite was not asked for"""
+    ranking: Ranking | None = None
+    """whether temporal metrics order as the truth does; None unless both suites were asked for"""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the content of ``summary.json``; without the draws."""
@@ -86,6 +91,7 @@ class Evaluation:
                     "arm": row.arm,
                     "seed": row.seed,
                     "block_size": row.block_size,
+                    "origin": row.origin,
                     "metrics": {name: _plain(one) for name, one in row.estimates.items()},
                 }
                 for row in self.rows
@@ -108,7 +114,7 @@ def replayed_documents(rows: Sequence[Row]) -> int | None:
     The replay stops at ``max_tokens``, so these are fewer than the store's figures rest on.
     """
     found = [row.estimates["loss_recovered"].n_documents for row in rows if "loss_recovered" in row.estimates]
-    return max(found, default=None)
+    return max(found, default=0) or None
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:

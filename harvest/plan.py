@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from tcsae.harvest.batches import Batch, batches_of, input_ids, padded_tokens
 from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.corpus import Skips, read_corpus
 from tcsae.harvest.model import LanguageModel, load_model
+from tcsae.harvest.synthetic import SyntheticSource
+from tcsae.harvest.synthetic_run import seconds_for, synthetic_plan
+from tcsae.harvest.synthetic_settings import is_synthetic, parse_synthetic
 from tcsae.harvest.tokens import tokenise
 from tcsae.store.chunks import chunk_path
 from tcsae.store.errors import ConfigError, DiskFull
@@ -146,43 +150,60 @@ def check_space(store: Path, provenance: Provenance, n_chunks: int) -> None:
 def dry_run(config: HarvestConfig) -> DryRun:
     """Plan a harvest and time a few batches. **Writes nothing**, wherever the store would be.
 
-    It loads the model and reads the corpus, so it finds what a harvest would find wrong with them, and raises
-    what a harvest would raise, `DiskFull` with the numbers included. With ``config.resume``, chunks that are
-    there need no more space; that they are whole is not checked.
+    It loads the model and reads the corpus (or draws the documents of a synthetic one), so it finds what a
+    harvest would find wrong with them, and raises what a harvest would raise, `DiskFull` with the numbers
+    included. With ``config.resume``, chunks that are there need no more space; that they are whole is not checked.
     """
+    if is_synthetic(config.corpus):
+        drawn = synthetic_plan(config)
+        source = SyntheticSource(parse_synthetic(config.corpus), drawn.truth)
+        n_rows = drawn.layout.n_rows
+        return _dry_run(config, drawn.layout, drawn.provenance, lambda: seconds_for(source, n_rows), {})
     model = load_model(config.model, precision=config.precision, device=config.device)
     plan = make_plan(config, model)
     layout = plan.layout
+    return _dry_run(
+        config, layout, plan.provenance, lambda: _estimate(config, model, layout), dict(plan.skips.counts)
+    )
+
+
+def _dry_run(
+    config: HarvestConfig,
+    layout: Layout,
+    made: Provenance,
+    estimate: Callable[[], float],
+    skipped: dict[str, int],
+) -> DryRun:
     n_chunks = -(-layout.n_rows // config.rows_per_chunk)
-    check_space(config.store, plan.provenance, n_chunks - _chunks_there(config, n_chunks))
-    per_hook = hook_bytes(plan.provenance, layout.n_rows)
-    seconds = _estimate(config, model, layout)
+    check_space(config.store, made, n_chunks - _chunks_there(config, made, n_chunks))
+    per_hook = hook_bytes(made, layout.n_rows)
+    seconds = estimate()
     return DryRun(
         store=str(config.store),
         rows=layout.n_rows,
         documents=layout.n_documents,
         contexts=layout.n_contexts,
         chunks=n_chunks,
-        hooks=config.hooks,
-        d_model=model.d_model,
+        hooks=made.hooks,
+        d_model=made.d_model,
         dtype=config.dtype,
         precision=config.precision,
         bytes_per_hook=per_hook,
-        total_bytes=per_hook * len(config.hooks),
+        total_bytes=per_hook * len(made.hooks),
         free_bytes=free_bytes(config.store),
         seconds=seconds,
         tokens_per_second=layout.n_rows / seconds,
-        skipped=dict(plan.skips.counts),
+        skipped=skipped,
     )
 
 
-def _chunks_there(config: HarvestConfig, n_chunks: int) -> int:
+def _chunks_there(config: HarvestConfig, made: Provenance, n_chunks: int) -> int:
     """Chunks that have a file for every hook, if the harvest would go on with them."""
     if not config.resume:
         return 0
     numbers = range(n_chunks)
     return sum(
-        all(chunk_path(config.store, hook, chunk).exists() for hook in config.hooks) for chunk in numbers
+        all(chunk_path(config.store, hook, chunk).exists() for hook in made.hooks) for chunk in numbers
     )
 
 

@@ -16,6 +16,10 @@ from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.locate import canonical_name
 from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.plan import check_space, make_plan, provenance_of
+from tcsae.harvest.synthetic import SyntheticSource, truth_source
+from tcsae.harvest.synthetic_run import first_document_sha256, synthetic_plan, write_chunks
+from tcsae.harvest.synthetic_run import provenance_of as synthetic_provenance
+from tcsae.harvest.synthetic_settings import is_synthetic, parse_synthetic
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint, release
 from tcsae.store.errors import StoreExists, StoreMismatch
 from tcsae.store.interrupt import interruptible
@@ -23,6 +27,7 @@ from tcsae.store.metadata import FIRST_BATCH, ROOT, read_root
 from tcsae.store.parallel import map_tasks
 from tcsae.store.progress import progress
 from tcsae.store.spec import Provenance
+from tcsae.store.truth import read_truth
 from tcsae.store.writer import StoreWriter, differences
 
 log = logging.getLogger(__name__)
@@ -90,7 +95,45 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
     with interruptible(
         f"{config.store}: interrupted; finished chunks are kept, run the same command with --resume to go on"
     ):
+        if is_synthetic(config.corpus):
+            return _resume_synthetic(config) if begun else _begin_synthetic(config)
         return _resume(config) if begun else _begin(config)
+
+
+def _begin_synthetic(config: HarvestConfig) -> HarvestSummary:
+    plan = synthetic_plan(config)
+    check_space(config.store, plan.provenance, -(-plan.layout.n_rows // config.rows_per_chunk))
+    source = SyntheticSource(parse_synthetic(config.corpus), plan.truth)
+    first = first_document_sha256(source)
+    with StoreWriter.create(
+        config.store, plan.layout, plan.provenance, first_batch_sha256=first, truth=plan.truth
+    ) as writer:
+        return _compute(writer, writer.missing(), _drawing(source), {})
+
+
+def _resume_synthetic(config: HarvestConfig) -> HarvestSummary:
+    stored = Provenance.from_dict(read_root(config.store), str(config.store / ROOT))
+    asked = synthetic_provenance(config, parse_synthetic(config.corpus), stored.corpus_sha256)
+    with StoreWriter.resume(config.store, asked) as writer:
+        missing = writer.missing()
+        if missing:
+            source = truth_source(config.store, stored, read_truth(config.store, stored))
+            _check_rounding(config, "numpy", first_document_sha256(source))
+            check_space(config.store, stored, len(missing))
+            return _compute(writer, missing, _drawing(source), {})
+        return _nothing_missing(config, writer)
+
+
+def _drawing(source: SyntheticSource) -> Compute:
+    return lambda writer, missing, on_rows: write_chunks(source, writer, missing, on_rows)
+
+
+def _nothing_missing(config: HarvestConfig, writer: StoreWriter) -> HarvestSummary:
+    if writer.complete:
+        log.info("%s: is complete, nothing to do", config.store)
+    else:
+        writer.finish()
+    return _summary(writer, 0, 0, 0.0, {})
 
 
 def _begin(config: HarvestConfig) -> HarvestSummary:
@@ -123,11 +166,7 @@ def _resume(config: HarvestConfig) -> HarvestSummary:
     with StoreWriter.resume(config.store, asked) as writer:
         missing = writer.missing()
         if not missing:
-            if writer.complete:
-                log.info("%s: is complete, nothing to do", config.store)
-            else:
-                writer.finish()
-            return _summary(writer, 0, 0, 0.0, {})
+            return _nothing_missing(config, writer)
         model = load_model(config.model, precision=config.precision, device=config.device)
         differing = differences(stored, provenance_of(config, model, stored.corpus_sha256))
         if differing:
@@ -137,19 +176,19 @@ def _resume(config: HarvestConfig) -> HarvestSummary:
             )
         check_space(config.store, stored, len(missing))
         first = fingerprint(config, model, writer.layout)
-        _check_rounding(config, model, first)
+        _check_rounding(config, model.device, first)
         compute = _way(config, model, first)
         del model
         return _compute(writer, missing, compute, {})
 
 
-def _check_rounding(config: HarvestConfig, model: LanguageModel, first: str) -> None:
+def _check_rounding(config: HarvestConfig, computed_by: object, first: str) -> None:
     """Raise `StoreMismatch` if the chunks that are there were computed with other last bits than here."""
     begun = read_root(config.store).get(FIRST_BATCH, first)  # a store from before it was kept has none
     if begun != first:
         raise StoreMismatch(
             f"{config.store}: begun on a machine that rounds differently: the first batch's activations have "
-            f"SHA-256 {begun[:12]}… there and {first[:12]}… here ({model.device}, "
+            f"SHA-256 {begun[:12]}… there and {first[:12]}… here ({computed_by}, "
             f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}), so the store would be "
             "of two kinds; resume on a machine of the first kind with the same OMP_NUM_THREADS, or delete the store "
             "and harvest again"

@@ -30,6 +30,7 @@ from tcsae.store.spec import (
     TOKENS,
     Provenance,
 )
+from tcsae.store.truth import truth_files
 
 CACHE_VARIABLE = "TCSAE_CACHE"
 """environment variable that names the folder"""
@@ -192,6 +193,7 @@ def table_files(made: Provenance) -> Iterator[str]:
     for hook in made.hooks:
         yield f"{ACTIVATIONS}/{hook}/{ROOT}"
     yield from (f"{ACTIVATIONS}/{ROOT}", f"{CHECKSUMS}/{ROOT}", DOCUMENTS_FILE)
+    yield from truth_files(made)
 
 
 @contextmanager

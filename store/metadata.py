@@ -25,8 +25,11 @@ from tcsae.store.spec import (
     DOCUMENTS_FILE,
     FORMAT,
     FORMAT_VERSION,
+    KINDS,
     TOKENS,
     TORCH_DTYPES,
+    TRUTH,
+    TRUTH_ARRAYS,
     ZARR_DTYPES,
     Provenance,
 )
@@ -85,7 +88,7 @@ def array_metadata(provenance: Provenance, sizes: Sizes) -> dict[str, bytes]:
         dtype: str,
         serializer: Any = BytesCodec(endian="little"),  # noqa: B008  # a value
         compressors: Iterable[Any] = (),
-        **attributes: str,
+        **attributes: Any,
     ) -> None:
         root.create_array(
             name,
@@ -111,6 +114,12 @@ def array_metadata(provenance: Provenance, sizes: Sizes) -> dict[str, bytes]:
         shape = (sizes.rows, provenance.d_model)
         chunks = (provenance.rows_per_chunk, provenance.d_model)
         create(f"{ACTIVATIONS}/{hook}", shape, chunks, dtype, **_zarr_codecs(provenance, hook), **marks)
+    if provenance.truth is not None:
+        lengths = {"feature": provenance.truth["features"], "d_model": provenance.d_model}
+        for name, (kind, axes) in TRUTH_ARRAYS.items():
+            shape = tuple(lengths[axis] for axis in axes)
+            names = {"names": list(KINDS)} if name == "kind" else {}
+            create(f"{TRUTH}/{name}", shape, shape, np.dtype(kind).name, **names)
     return {name: value.to_bytes() for name, value in sorted(memory.items()) if name != ROOT}
 
 
@@ -156,9 +165,9 @@ def store_id(
     return identity.hexdigest()[:16]
 
 
-def table_digests(store: Path) -> dict[str, str]:
-    """SHA-256 of the documents' table and of the files of the index arrays that a plan writes, by name."""
-    return {name: file_sha256(store / name) for name in DIGESTED}
+def table_digests(store: Path, names: Iterable[str] = DIGESTED) -> dict[str, str]:
+    """SHA-256 by name of the files ``names``: the documents' table, the index arrays, and what a truth adds."""
+    return {name: file_sha256(store / name) for name in names}
 
 
 def recorded_digests(attributes: dict[str, Any], where: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ from tcsae.store.spec import (
     Provenance,
     Split,
 )
+from tcsae.store.truth import Truth, read_truth
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -145,6 +146,13 @@ class ActivationStore:
     def statistics(self, hook: str | None = None) -> HookStatistics:
         """Mean, scale and norms of ``hook`` over the train split; ``hook`` may be left out if it is one."""
         return self._statistics[self._hook(hook)]
+
+    def truth(self) -> Truth | None:
+        """The dictionary that the activations were made from, where no model made them; None for a model's.
+
+        Raises `StoreCorrupt` if its files are missing or altered.
+        """
+        return read_truth(self.path, self.provenance)
 
     def documents_in(self, split: Split | Literal["all"]) -> Int64Array:
         """Indices of the documents of ``split``, in order, int64."""

@@ -76,7 +76,9 @@ def write_recoded(plan: Recoding, path: Path, *, resume: bool, advice: str = "")
     if not (going_on and read_root(path).get("complete")):
         _check_space(plan, path, in_all - folder_bytes(path)[0], advice)
     opened = (
-        StoreWriter.resume(path, plan.made) if going_on else StoreWriter.create(path, plan.layout, plan.made)
+        StoreWriter.resume(path, plan.made)
+        if going_on
+        else StoreWriter.create(path, plan.layout, plan.made, truth=plan.source.truth())
     )
     with opened as writer:
         # chunks whose root group is not complete have no table to be compared with: each must be whole by itself

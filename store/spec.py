@@ -39,6 +39,7 @@ CONTEXT_OFFSETS = "context_offsets"
 ACTIVATIONS = "activations"
 CHECKSUMS = "checksums"
 DOCUMENTS_FILE = "documents.parquet"
+TRUTH = "truth"
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 Precision = Literal["float32", "bfloat16"]
@@ -63,7 +64,27 @@ OUTLIER_FACTOR = 10.0
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999, 1.0)
 """Quantiles of the norms that a store's statistics hold."""
 
-PLAIN: dict[str, Any] = {"codec": "raw", "codec_configuration": {}, "codec_effect": {}, "derived_from": None}
+KINDS = ("slow", "medium", "fast")
+"""How long a true feature stays on, in a store with a truth."""
+
+TRUTH_ARRAYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "directions": ("<f4", ("feature", "d_model")),
+    "mean": ("<f4", ("d_model",)),
+    "kind": ("|u1", ("feature",)),
+    "rate": ("<f8", ("feature",)),
+    "run_length": ("<f8", ("feature",)),
+    "hold": ("<f8", ("feature",)),
+    "topic": ("<i4", ("feature",)),
+}
+"""dtype and axes of each array of the group ``truth``; see `tcsae.store.truth`"""
+
+PLAIN: dict[str, Any] = {
+    "codec": "raw",
+    "codec_configuration": {},
+    "codec_effect": {},
+    "derived_from": None,
+    "truth": None,
+}
 """Attributes that a store may leave out, and what it is then."""
 
 DOCUMENT_COLUMNS = ("id", "source", "topic", "split", "n_tokens", "sha256")
@@ -131,6 +152,9 @@ class Provenance:
     """by hook: ``ratio`` to the raw bytes and ``relative_error`` (squared, of the variance), of a sample"""
     derived_from: dict[str, Any] | None = None
     """``id`` of the store that this is a copy of, and its ``documents`` [start, stop); None for a harvest"""
+    truth: dict[str, Any] | None = None
+    """of a store that no model made: ``features`` of its known dictionary and the ``parameters`` that, with the
+    arrays of the group ``truth``, give every row's true code; None for a model's activations"""
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -145,6 +169,13 @@ class Provenance:
         for hook in self.hooks:
             if not hook or "/" in hook or hook.startswith("."):
                 raise ConfigError(f"hooks: {hook!r} cannot name an array")
+        if self.truth is not None:
+            n_features, parameters = self.truth.get("features"), self.truth.get("parameters")
+            if type(n_features) is not int or n_features < 1 or not isinstance(parameters, dict):
+                raise ConfigError(
+                    f"truth: expected a number of features, at least 1, and parameters, got {n_features!r} and "
+                    f"{type(parameters).__name__}"
+                )
 
     def measured(self, name: str) -> dict[str, float]:
         """``ratio`` or ``relative_error`` of the codec by hook, of the hooks that have it."""
@@ -191,11 +222,11 @@ JSON_TYPES: dict[type, tuple[str, ...]] = {
     ),
     int: ("d_model", "context_length", "bos_token_id", "vocab_size", "rows_per_chunk", "max_tokens"),
     list: ("hooks", "special_token_ids"),
-    dict: ("versions", "codec_configuration", "codec_effect", "derived_from"),
+    dict: ("versions", "codec_configuration", "codec_effect", "derived_from", "truth"),
 }
 """What each field of a `Provenance` is in JSON."""
 
-NULLABLE = ("bos_token_id", "max_tokens", "derived_from")
+NULLABLE = ("bos_token_id", "max_tokens", "derived_from", "truth")
 """fields that may be null instead"""
 
 PARTS = {"hooks": str, "special_token_ids": int, "codec_configuration": dict, "codec_effect": dict}

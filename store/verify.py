@@ -22,6 +22,7 @@ from tcsae.store.progress import progress
 from tcsae.store.remote import is_url, local_path
 from tcsae.store.spec import CHECKSUMS, HookStatistics, Layout, Provenance, split_of
 from tcsae.store.statistics import train_statistics
+from tcsae.store.truth import truth_problems
 
 STATISTICS_TOLERANCE = 1e-9
 """Largest relative difference between the attributes' statistics and recomputed ones; both are float64."""
@@ -63,7 +64,8 @@ def verify(path: str | Path, *, workers: int = 1, scheduler: str | None = None) 
     Checked are links, of which there may be none; the group's attributes and every array's metadata; the tables'
     SHA-256; the offsets; the range of token ids; the documents' table (types, unique ids, token counts, splits);
     every chunk's size, CRC-32C, place, padding and NaN or infinite values; the statistics in the attributes,
-    recomputed. All problems are collected, none is raised, but for a folder that is no store at all.
+    recomputed; the known dictionary, where there is one. All problems are collected, none is raised, but for a
+    folder that is no store at all.
 
     Parameters
     ----------
@@ -102,6 +104,7 @@ def _verify(path: Path, workers: int, scheduler: str | None) -> Verification:
     problems = [] if attributes.get("complete") else [f"{path}: the harvest has not finished"]
     problems += _link_problems(path)
     problems += digest_problems(path, digests, DIGESTED)
+    problems += truth_problems(path, made)
     problems += _table_problems(path, made, layout)
     sizes = Sizes(layout.n_rows, layout.n_documents, layout.n_contexts)
     tasks: list[_ChunkTask] = []

@@ -44,6 +44,7 @@ from tcsae.store.codecs import Codec
 from tcsae.store.errors import ActivationError, StoreBusy, StoreCorrupt, StoreExists, StoreMismatch
 from tcsae.store.index import read_layout
 from tcsae.store.metadata import (
+    DIGESTED,
     FIRST_BATCH,
     PLANNED_ATTRIBUTES,
     ROOT,
@@ -64,14 +65,16 @@ from tcsae.store.spec import (
     PLAIN,
     TOKENS,
     TORCH_DTYPES,
+    TRUTH,
     Layout,
     Provenance,
 )
 from tcsae.store.statistics import train_statistics
+from tcsae.store.truth import Truth, truth_chunks, write_truth
 
 LOCK = ".writer.lock"
 
-PLANNED = {TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFFSETS, ACTIVATIONS, CHECKSUMS, DOCUMENTS_FILE, LOCK}
+PLANNED = {TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFFSETS, ACTIVATIONS, CHECKSUMS, TRUTH, DOCUMENTS_FILE, LOCK}
 """What a planning phase that was killed may leave: nothing that cannot be written again."""
 
 
@@ -95,11 +98,18 @@ class StoreWriter:
     @classmethod
     @contextmanager
     def create(
-        cls, path: Path, layout: Layout, provenance: Provenance, *, first_batch_sha256: str | None = None
+        cls,
+        path: Path,
+        layout: Layout,
+        provenance: Provenance,
+        *,
+        first_batch_sha256: str | None = None,
+        truth: Truth | None = None,
     ) -> Iterator[StoreWriter]:
         """Write the plan of a new store and hold its lock for the block.
 
-        ``first_batch_sha256`` is kept with it, for whoever resumes a harvest (`metadata.FIRST_BATCH`).
+        ``first_batch_sha256`` is kept with it, for whoever resumes a harvest (`metadata.FIRST_BATCH`); ``truth``
+        is the dictionary behind a store whose provenance says that it has one.
 
         Raises
         ------
@@ -112,7 +122,8 @@ class StoreWriter:
         with _locked(path):
             _refuse_existing(path)  # another writer may have come and gone before the lock was taken
             writer = cls(path, layout, provenance)
-            writer._write_plan({} if first_batch_sha256 is None else {FIRST_BATCH: first_batch_sha256})
+            planned = {} if first_batch_sha256 is None else {FIRST_BATCH: first_batch_sha256}
+            writer._write_plan(planned, truth)
             with writer._settling_behind():
                 yield writer
 
@@ -226,7 +237,7 @@ class StoreWriter:
             for hook in self.provenance.hooks
         }
         identity = store_id(self.provenance, self.layout.tokens, tables.values())
-        begun = {TABLE_DIGESTS: table_digests(self.path)} | read_root(self.path)
+        begun = {TABLE_DIGESTS: table_digests(self.path, self._digested())} | read_root(self.path)
         planned = {name: begun[name] for name in PLANNED_ATTRIBUTES if name in begun}
         attributes = {**planned, "statistics": found, "id": identity, "complete": True}
         sync_folders(self.path)  # of every chunk and table, before the root group says that they are there
@@ -238,9 +249,13 @@ class StoreWriter:
             yield
             self.wait()
 
-    def _write_plan(self, attributes: dict[str, str]) -> None:
+    def _write_plan(self, attributes: dict[str, str], truth: Truth | None) -> None:
+        if (truth is None) != (self.provenance.truth is None):
+            raise ValueError(
+                f"{self.path}: a truth is written where the provenance names one, and only there"
+            )
         remove_partials(self.path)
-        for name in (ACTIVATIONS, CHECKSUMS):
+        for name in (ACTIVATIONS, CHECKSUMS, TRUTH):
             # chunks under no plan are of a store that was deleted in part, and no one knows of which model
             _remove(self.path / name)
         for name, content in array_metadata(self.provenance, self.sizes).items():
@@ -252,11 +267,16 @@ class StoreWriter:
         ):
             body = np.ascontiguousarray(values).view(np.uint8)
             write_raw(self.path / name / "c" / "0", body, sync_folder=False)
+        if truth is not None:
+            write_truth(self.path, truth)
         with partial_file(self.path / DOCUMENTS_FILE, sync_folder=False) as beside:
             pq.write_table(self.layout.documents, beside, compression="zstd")
         sync_folders(self.path)
-        planned = {TABLE_DIGESTS: table_digests(self.path), **attributes}
+        planned = {TABLE_DIGESTS: table_digests(self.path, self._digested()), **attributes}
         write_atomically(self.path / ROOT, root_metadata(self.provenance, **planned, complete=False))
+
+    def _digested(self) -> tuple[str, ...]:
+        return (*DIGESTED, *truth_chunks(self.provenance))
 
     def _checksums(self, hook: str) -> npt.NDArray[np.uint32] | None:
         """The table of a finished store; None if it has none that is whole, as an unfinished one."""

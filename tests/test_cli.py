@@ -54,6 +54,7 @@ def test_options_are_those_that_scripts_rely_on():
         "device resume dry-run json",
         "train": "recipe config set tokens seeds device resume dry-run log plot json",
         "evaluate": "store model suite split max-tokens seed device json",
+        "compare": "report l0 primary json",
         "export": "format json",
         "recipes": "",
         "store info": "json",

@@ -14,8 +14,8 @@ MAY_IMPORT = {
     "harvest": {"store", "harvest", "data"},
     # training needs a store and nothing else: neither a model nor its text
     "train": {"store", "train", "data"},
-    # replaying needs the model as harvest loads it, and the SAE as training saves it
-    "evaluate": {"store", "evaluate", "train", "harvest.model"},
+    # replaying needs the model as harvest loads it, the SAE as training saves it, and a truth as harvest drew it
+    "evaluate": {"store", "evaluate", "train", "harvest.model", "harvest.synthetic"},
     "data": {"data"},
 }
 
@@ -50,7 +50,9 @@ def test_evaluate_takes_of_train_only_what_loads_an_sae():
         for name in imports_of(path)
         if name.startswith("train")
     }
-    assert used <= {"train.saelens", "train.sae", "train.sae.inference", "train.run"}
+    # and what draws a figure, its own and that of the training run; untrained: initial weights, as a reference
+    others = {"train.figure_style", "train.plots", "train.config", "train.untrained"}
+    assert used <= {"train.saelens", "train.sae", "train.sae.inference", "train.run"} | others
 
 
 def test_nothing_imports_a_package_of_ours_without_its_prefix():

@@ -36,6 +36,8 @@ class Surroundings:
     scaler: Scaler
     ring: Ring
     linear: Linear
+    dtype: torch.dtype
+    """in which ``linear`` multiplies"""
     buffer: Tensor
     """[B * F of the widest arm], for pre-activations; each arm overwrites it"""
     steps: int
@@ -193,6 +195,7 @@ class Arm:
                 around.ring,
                 around.scaler,
                 around.linear,
+                around.dtype,
                 detailed=detailed,
                 learn=learn,
             )

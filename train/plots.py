@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -14,19 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from tcsae.store.atomic import write_atomically
 from tcsae.store.errors import RunError
 from tcsae.train.config import ArmConfig, TrainConfig
+from tcsae.train.figure_style import colour, dash, explain, one_column, save_png, title_place
 from tcsae.train.run import Run, own_config
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-"""Okabe and Ito's palette, told apart with every common colour blindness"""
-
-DASHES = ("-", "--", ":", "-.")
-"""the palette comes round with another dash"""
 
 _PANELS = (
     ("l2", "Reconstruction Loss", "L2 loss: mean squared error per token"),
@@ -71,58 +63,65 @@ def plot_run(run: str | Path) -> Plotted:
 
 
 def plot_training(metrics: Path, figure: Path, config: TrainConfig) -> None:
-    """Draw the three panels of ``metrics`` (a metrics.parquet of ``config``) into ``figure``, one colour an arm.
+    """Draw the three panels of ``metrics`` (a metrics.parquet of ``config``) into ``figure``; see `draw_training`."""
+    draw_training(pq.read_table(metrics), {arm.name: arm for arm in config.arms}, figure)
+
+
+def draw_training(
+    table: pa.Table, arms: Mapping[str, ArmConfig], figure: Path, order: Sequence[str] = ()
+) -> None:
+    """Draw the three panels of one or more runs into ``figure``, one colour an arm.
 
     Several seeds of one arm are their mean, in a band from the lowest to the highest. An arm without a block has no
     temporal loss; that of a ring rises with the number of negatives, so it is drawn from where the ring is full.
     Losses of different objectives do not compare: the third panel has those of one (`comparable`) and names the
     other arms.
+
+    Parameters
+    ----------
+    table
+        metrics.parquet of all runs, one below the other; each arm's name occurs in one run only
+    arms
+        the configurations of the arms in it, by the name that the table has
+    figure
+        the PNG to write
+    order
+        all arms that other figures show, so that an arm has its colour there; by default those of the table
     """
-    table = pq.read_table(metrics)
-    arms = list(dict.fromkeys(table["arm"].to_pylist()))
-    contrast, others = comparable(config.arms)
-    n_seeds = len(set(table["seed"].to_pylist()))
-    drawing = Figure(figsize=(15, 4.8), layout="constrained")
-    FigureCanvasAgg(drawing)
-    panels = drawing.subplots(1, 3)
-    for axes, (column, title, label) in zip(panels, _PANELS, strict=True):
-        for i, name in enumerate(arms):
-            if label is None and name in others:
-                continue
-            step, values = over_seeds(table, name, column)
-            shown = np.isfinite(values).all(axis=0)
-            if not shown.any():
-                continue
-            colour = COLOURS[i % len(COLOURS)]
-            axes.plot(
-                step[shown],
-                values[:, shown].mean(axis=0),
-                color=colour,
-                linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
-                linewidth=1.8,
-                label=name,
-            )
-            if n_seeds > 1:
-                low, high = values[:, shown].min(axis=0), values[:, shown].max(axis=0)
-                axes.fill_between(step[shown], low, high, color=colour, alpha=0.2, linewidth=0)
-        _finish(axes, title, label or contrast)
-    if others:
-        left_out = f"not comparable, left out: {', '.join(f'{name} ({of})' for name, of in others.items())}"
-        note = fill(left_out, 64, break_on_hyphens=False)
-        panels[-1].text(0.5, -0.16, note, fontsize=10, ha="center", va="top", transform=panels[-1].transAxes)
-    handles, labels = panels[0].get_legend_handles_labels()
-    legend_title = f"mean of {n_seeds} seeds, band from the lowest to the highest" if n_seeds > 1 else None
-    drawing.legend(
-        handles,
-        labels,
-        title=legend_title,
-        loc="outside lower center",
-        ncols=min(len(arms), 8),
-        frameon=False,
-    )
-    image = io.BytesIO()
-    drawing.savefig(image, format="png", dpi=130, metadata={"Software": "tcsae"})
-    write_atomically(figure, image.getvalue())
+    names = list(dict.fromkeys(table["arm"].to_pylist()))
+    contrast, others = _comparable(arms)
+    most_seeds = 1
+    with one_column(44) as drawing:
+        panels = drawing.subplots(1, 3)
+        for axes, (column, title, label) in zip(panels, _PANELS, strict=True):
+            for i, name in enumerate(order or names):
+                if name not in names or (label is None and name in others):
+                    continue
+                step, values = over_seeds(table, name, column)
+                most_seeds = max(most_seeds, len(values))
+                shown = np.isfinite(values).all(axis=0)
+                if not shown.any():
+                    continue
+                axes.plot(
+                    step[shown],
+                    values[:, shown].mean(axis=0),
+                    color=colour(i),
+                    linestyle=dash(i),
+                    label=name,
+                )
+                if len(values) > 1:
+                    low, high = values[:, shown].min(axis=0), values[:, shown].max(axis=0)
+                    axes.fill_between(step[shown], low, high, color=colour(i), alpha=0.2, linewidth=0)
+            _finish(axes, title, label or contrast)
+        notes = []
+        if most_seeds > 1:
+            notes.append(f"mean of {most_seeds} seeds, band from the lowest to the highest")
+        if others:
+            left_out = ", ".join(f"{name} ({of})" for name, of in others.items())
+            notes.append(f"temporal losses that do not compare with these, left out: {left_out}")
+        handles, labels = panels[0].get_legend_handles_labels()
+        explain(drawing, handles, labels, "; ".join(notes))
+        save_png(drawing, figure)
 
 
 def comparable(arms: Sequence[ArmConfig]) -> tuple[str, dict[str, str]]:
@@ -138,9 +137,13 @@ def comparable(arms: Sequence[ArmConfig]) -> tuple[str, dict[str, str]]:
     >>> comparable([base, tsae])
     ('contrastive loss within the batch (nats)', {'block': 'info_nce'})
     """
-    kinds = {arm.name: (arm.objective, arm.similarity) for arm in arms if arm.block_share > 0}
+    return _comparable({arm.name: arm for arm in arms})
+
+
+def _comparable(arms: Mapping[str, ArmConfig]) -> tuple[str, dict[str, str]]:
+    kinds = {name: (arm.objective, arm.similarity) for name, arm in arms.items() if arm.block_share > 0}
     ring = ("info_nce", "cosine")
-    learning = [kinds[arm.name] for arm in arms if arm.alpha > 0] or list(kinds.values())
+    learning = [kinds[name] for name, arm in arms.items() if arm.alpha > 0] or list(kinds.values())
     shown = ring if ring in learning or not learning else learning[0]
     return _OF_KIND[shown], {name: kind[0] for name, kind in kinds.items() if kind != shown}
 
@@ -156,17 +159,17 @@ def over_seeds(
     values = own[column].to_numpy()[order].astype(np.float64).reshape(-1, len(step))
     if column == "contrast":
         filled = own["ring_filled"].to_numpy()[order].reshape(values.shape)
-        values = np.where(filled == table["ring_filled"].to_numpy().max(), values, np.nan)
+        values = np.where(filled == filled.max(), values, np.nan)
     return step, values
 
 
 def _finish(axes: Axes, title: str, label: str) -> None:
-    axes.set_title(title, fontsize=14)
-    axes.set_xlabel("training steps", fontsize=12)
-    axes.set_ylabel(label, fontsize=12)
-    axes.tick_params(labelsize=11)
+    axes.set_title(title, loc=title_place(title))
+    axes.set_xlabel("training steps")
+    axes.set_ylabel(fill(label, 24))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.set_xlim(left=0)
     low, high = axes.get_ylim()
     if low > 0 and low < high / 2:

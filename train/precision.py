@@ -12,10 +12,16 @@ from torch.nn.functional import linear
 from tcsae.store.errors import ConfigError
 from tcsae.train.config import Precision
 
+PIECE = 512
+"""rows of a bfloat16 product that wait for their conversion: they and their float32 copy stay in the cache"""
+
 
 @runtime_checkable
 class Linear(Protocol):
-    """``x @ W.T + b`` in float32; into ``out`` where given, which then must not need a gradient."""
+    """``x @ W.T + b`` in float32; into ``out`` where given, in its dtype, and then without gradient.
+
+    ``out`` is of float32 or of what `dtype_for` names.
+    """
 
     def __call__(self, x: Tensor, W: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor: ...
 
@@ -26,19 +32,36 @@ def float32_linear(x: Tensor, W: Tensor, b: Tensor, out: Tensor | None = None) -
 
 
 def bfloat16_linear(x: Tensor, W: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """The product of bfloat16 roundings, accumulated by the hardware, with a float32 result."""
-    product = linear(x.bfloat16(), W.bfloat16()).float() + b
-    return product if out is None else out.copy_(product)
+    """The product of bfloat16 roundings, accumulated by the hardware and rounded once more.
+
+    Into ``out`` it goes piece by piece: a whole batch's product in bfloat16, then in float32, are new pages at
+    every step, and on two cores took as long as the product itself.
+    """
+    if out is None:
+        return linear(x.bfloat16(), W.bfloat16()).float() + b
+    W16, b16 = W.bfloat16(), b.bfloat16()
+    if out.dtype == torch.bfloat16:
+        return torch.addmm(b16, x.bfloat16(), W16.T, out=out)
+    memory = torch.empty(min(PIECE, len(x)), len(W), dtype=torch.bfloat16, device=x.device)
+    for start in range(0, len(x), PIECE):
+        rows = x[start : start + PIECE].bfloat16()
+        out[start : start + PIECE] = torch.addmm(b16, rows, W16.T, out=memory[: len(rows)])
+    return out
 
 
-def linear_for(precision: Precision, device: torch.device) -> Linear:
-    """The product to use; ``auto`` takes bfloat16 only where the hardware multiplies it fast.
+def dtype_for(precision: Precision, device: torch.device) -> torch.dtype:
+    """What products are computed of; ``auto`` takes bfloat16 only where the hardware multiplies it fast.
 
     A CPU without AMX or AVX-512-BF16 emulates it, a hundred times slower than float32.
     """
     if precision == "auto":
-        return bfloat16_linear if _fast_bfloat16(device) else float32_linear
-    return bfloat16_linear if precision == "bfloat16" else float32_linear
+        return torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def linear_for(precision: Precision, device: torch.device) -> Linear:
+    """The product of `dtype_for`."""
+    return bfloat16_linear if dtype_for(precision, device) == torch.bfloat16 else float32_linear
 
 
 def compiled(product: Linear) -> Linear:

@@ -71,12 +71,14 @@ def temporal_term(
     ring: Ring,
     scaler: Scaler,
     linear: Linear,
+    dtype: torch.dtype,
     *,
     detailed: bool,
     learn: bool,
 ) -> Contrast:
     """The term that ``config`` asks for, over ``pairs`` of ``batch``, with gradient if ``learn``.
 
+    ``dtype`` is that of the ring's codes and of their products with those of the pairs.
     ``detailed`` also measures the accuracies of a contrast. The ring's keys are coded as the pairs are; after
     top-k that is as the SAE would be saved now, since a key has no batch that could select for it (see
     `_encode_kept`).
@@ -90,7 +92,7 @@ def temporal_term(
         if config.contrasted_code == "before_top_k":
             W, bias = _in_lanes(*sae.encoder_of(slice(0, sae.block_size)))
             code = linear(batch.x[at], W, bias).relu()
-            encode = _encode_all(W.detach(), bias.detach(), linear)
+            encode = _encode_all(W.detach().to(dtype), bias.detach().to(dtype), linear)
         else:
             kept = coded.code.rows(at, sae.block_size)
             code = pad(kept, (0, -kept.shape[1] % LANES))
@@ -112,18 +114,18 @@ def temporal_term(
                 mask_documents=config.mask_documents,
                 detailed=detailed,
             )
-        keys = _keys(ring, encode, scaler, code.shape[1])
+        keys = _keys(ring, encode, scaler, code.shape[1], dtype)
         return info_nce(tokens, anchor, positive, keys, config.temperature, detailed=detailed)
 
 
-def _keys(ring: Ring, encode: Encode, scaler: Scaler, width: int) -> Iterable[Codes]:
-    """The ring's items with codes of ``width`` features, all pieces in the same memory.
+def _keys(ring: Ring, encode: Encode, scaler: Scaler, width: int, dtype: torch.dtype) -> Iterable[Codes]:
+    """The ring's items with codes of ``width`` features in ``dtype``, all pieces in the same memory.
 
     Fresh memory for every piece took a twelfth of the whole term: the system has to hand out its pages.
     """
     n = min(PIECE, ring.filled)
     x = scaler.mean.new_empty((n, ring.activations.shape[1]), device=ring.activations.device)
-    code = x.new_empty(n, width)
+    code = x.new_empty((n, width), dtype=dtype)
     return ring.keys(lambda raw: encode(scaler.normalise(raw, x[: len(raw)]), code[: len(raw)]))
 
 

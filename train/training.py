@@ -39,7 +39,7 @@ from tcsae.train.median import SAMPLE_TOKENS, geometric_median
 from tcsae.train.metrics import MACHINE, MACHINE_FILE, METRICS, METRICS_FILE, Log
 from tcsae.train.pairs import AskedPairs, Pairs, asked_pairs, sample_pairs
 from tcsae.train.plots import plot_training
-from tcsae.train.precision import compiled, float32_linear, linear_for
+from tcsae.train.precision import compiled, dtype_for, float32_linear, linear_for
 from tcsae.train.ring import Ring
 from tcsae.train.run import FIGURE_FILE, SAE_FOLDER, Status, set_status
 from tcsae.train.saelens import save_sae
@@ -90,6 +90,7 @@ class Training:
             scaler=self.loader.scaler,
             ring=self.ring,
             linear=compiled(linear) if config.compile else linear,
+            dtype=dtype_for(config.precision, device),
             buffer=torch.empty(config.batch_tokens // world.size * widest, device=device),
             steps=config.steps,
         )

@@ -35,9 +35,9 @@ def test_kl_is_that_of_a_slow_calculation_in_double_precision() -> None:
 
 
 def test_the_loss_is_that_of_the_next_token_and_the_last_position_has_none() -> None:
-    half = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3, 1 / 3, 1 / 3]]).log()
-    found = next_token_loss(half, torch.tensor([2, 0, 1]))
-    assert found.tolist() == pytest.approx([-math.log(0.5), -math.log(0.8)])
+    half = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3, 1 / 3, 1 / 3]]]).log()
+    found = next_token_loss(half, torch.tensor([[2, 0, 1]]))
+    assert found[0].tolist() == pytest.approx([-math.log(0.5), -math.log(0.8)])
 
 
 def test_log_softmax_in_place_is_log_softmax() -> None:

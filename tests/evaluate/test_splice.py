@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.evaluate.core import COLUMNS, Replay
+from tcsae.evaluate.core_replay import COLUMNS, Replay
 from tcsae.evaluate.heldout import Batch, HeldOut
 from tcsae.evaluate.references import identity_sae, mean_sae, zero_sae
 from tcsae.evaluate.splice import Ablation, ReplayModel, Splicer

@@ -64,6 +64,7 @@ def small_config() -> Callable[..., TrainConfig]:
             "min_position": 2,
             "log_every": 5,
             "checkpoint_every": 7,
+            "precision": "float32",  # the same on every machine
             **changes,
         }
         return TrainConfig(**values)

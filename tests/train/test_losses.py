@@ -106,6 +106,29 @@ def test_info_nce_and_its_gradient_equal_plain_loops(piece: int, temperature: fl
         torch.testing.assert_close(fast, slow_one, rtol=1e-9, atol=1e-12)
 
 
+def test_info_nce_with_keys_of_bfloat16_is_that_with_float32_keys_but_for_rounding() -> None:
+    tokens, keys = draw(40, 64).relu().float(), draw(300, 64, seed=1).relu().float()
+    keys[7], document = 0, torch.arange(300) % 50
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        code = tokens.clone().requires_grad_()
+        pieces = [
+            Codes(keys[i : i + 128].to(dtype), document[i : i + 128], document[i : i + 128] % 3)
+            for i in range(0, 300, 128)
+        ]
+        term = contrast(code[:20], code[20:], [*range(20)], [0] * 20, pieces, 0.1, detailed=True)
+        (slope,) = torch.autograd.grad(term.loss, code)
+        assert slope.dtype == term.loss.dtype == torch.float32
+        found.append((term, slope))
+    (exact, slope), (rounded, rounded_slope) = found
+    # Half a unit in the last of bfloat16's 8 places of each logit, up to 2^-5 at 8 to 16, of both signs.
+    assert rounded.loss.item() == pytest.approx(exact.loss.item(), rel=2e-3)
+    assert torch.nn.functional.cosine_similarity(slope.flatten(), rounded_slope.flatten(), dim=0) > 0.999
+    assert rounded_slope.norm().item() == pytest.approx(slope.norm().item(), rel=5e-3)
+    assert (rounded.masked_share, rounded.n_pairs) == (exact.masked_share, exact.n_pairs)
+    assert abs(rounded.accuracy - exact.accuracy) <= 1 / 40
+
+
 def test_tokens_that_share_pairs_and_positives_of_other_documents_equal_plain_loops() -> None:
     # Token 0 is an anchor and twice a positive; pair (2, 3) is of documents 1 and 2, as the placebo's are.
     code, key = draw(5, 4).relu() + 0.01, draw(6, 4, seed=1).relu() + 0.01

@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "control and contrast": {"seeds": (0, 1)},
     "every architecture": {"arms": every_architecture(alpha=0.1)},
     "every objective": {"arms": every_objective()},
+    "every objective in bfloat16": {"arms": every_objective(), "precision": "bfloat16"},
     "every option": {
         "seeds": (0, 1),
         "arm": {

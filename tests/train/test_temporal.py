@@ -18,7 +18,7 @@ from tcsae.train import ArmConfig, TrainConfig
 from tcsae.train.losses import Codes
 from tcsae.train.pair_losses import difference, in_batch
 from tcsae.train.pairs import asked_pairs
-from tcsae.train.precision import float32_linear
+from tcsae.train.precision import bfloat16_linear, float32_linear
 from tcsae.train.temporal import LANES, temporal_term
 from tcsae.train.training import Training
 
@@ -124,7 +124,7 @@ def test_after_top_k_a_key_is_coded_as_the_saved_sae_codes_it(
     training.ring.keys = record  # type: ignore[method-assign]
     temporal_term(
         config.arms[1], sae, coded, batch, pairs, training.ring, around.scaler, float32_linear,
-        detailed=False, learn=True,
+        torch.float32, detailed=False, learn=True,
     )  # fmt: skip
     saved = sae.to_inference(around.scaler, name="a", metadata={})
     expected = saved.encode(training.ring.activations.float())[:, : sae.block_size] * around.scaler.scale
@@ -152,7 +152,7 @@ def test_the_term_is_the_loss_of_the_block_of_the_pairs_with_its_gradient(
     coded = sae(batch.x, batch.valid, around.linear, around.buffer.view(128, 64))
     found = temporal_term(
         asked, sae, coded, batch, pairs, training.ring, around.scaler, around.linear,
-        detailed=True, learn=True,
+        around.dtype, detailed=True, learn=True,
     )  # fmt: skip
     # By hand: the dense code of the whole batch, before or after what was kept.
     pre = (batch.x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
@@ -174,6 +174,31 @@ def test_the_term_is_the_loss_of_the_block_of_the_pairs_with_its_gradient(
         for loss in (found.loss, expected.loss)
     ]
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("code", ["before_top_k", "after_top_k"])
+def test_keys_of_bfloat16_leave_the_loss_and_the_gradient_but_for_rounding(
+    sticky_store: ActivationStore, small_config: ConfigFactory, code: str
+) -> None:
+    training = Training(sticky_store, small_config(arm={"contrasted_code": code}), CPU)
+    for _ in range(40):
+        training.step(detailed=False)
+    around, sae, asked = training.around, training.arms[1].sae, training.arms[1].config
+    batch = training.loader.next()
+    pairs = training._pairs(batch, 40)[asked_pairs(asked)]
+    coded = sae(batch.x, batch.valid, around.linear, around.buffer.view(128, 64))
+    found = []
+    for linear, dtype in ((float32_linear, torch.float32), (bfloat16_linear, torch.bfloat16)):
+        term = temporal_term(
+            asked, sae, coded, batch, pairs, training.ring, around.scaler, linear, dtype,
+            detailed=False, learn=True,
+        )  # fmt: skip
+        (slope,) = torch.autograd.grad(term.loss, sae.W_enc, retain_graph=True)
+        found.append((term.loss.item(), slope.flatten()))
+    (exact, slope), (rounded, rounded_slope) = found
+    assert rounded == pytest.approx(exact, rel=0.01)
+    assert torch.nn.functional.cosine_similarity(slope, rounded_slope, dim=0) > 0.995
+    assert rounded_slope.norm().item() == pytest.approx(slope.norm().item(), rel=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""One finished topic of an SAE that is not finished, kept so that an interrupted call goes on after it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from tcsae.evaluate.unlearning.clamp import Setting
+from tcsae.evaluate.unlearning.score import TopicSums
+from tcsae.store.atomic import write_atomically
+
+ARRAYS = ("is_forget", "n", "loss", "hits", "rise", "hits_with")
+
+
+class Parts:
+    """A folder of finished topics of one SAE.
+
+    Parameters
+    ----------
+    folder
+        created at the first `write`
+    fingerprint
+        of the SAE's result; what was written under another is not read
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self._fingerprint = fingerprint
+
+    def _path(self, topic: str) -> Path:
+        # a topic may hold any character
+        digest = hashlib.sha256(f"{self._fingerprint} {topic}".encode()).hexdigest()
+        return self._folder / f"{digest[:16]}.npz"
+
+    def read(self, topic: str) -> TopicSums | None:
+        """The finished topic, None if there is none."""
+        path = self._path(topic)
+        if not path.is_file():
+            return None
+        with np.load(path) as kept:
+            settings = [
+                Setting(**(fields | {"features": tuple(fields["features"])}))
+                for fields in json.loads(str(kept["settings"]))
+            ]
+            return TopicSums(settings=tuple(settings), **{name: kept[name] for name in ARRAYS})
+
+    def write(self, topic: str, sums: TopicSums) -> None:
+        """Keep a finished topic, whole or not at all."""
+        buffer = io.BytesIO()
+        settings = json.dumps([asdict(setting) for setting in sums.settings])
+        np.savez(buffer, settings=np.array(settings), **{name: getattr(sums, name) for name in ARRAYS})
+        write_atomically(self._path(topic), buffer.getvalue())
+
+    def delete(self) -> None:
+        """Remove the folder: the SAE's own result is written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
