@@ -48,7 +48,7 @@ from tcsae.evaluate.temporal_pass import (
     sample_blocks,
     units_of,
 )
-from tcsae.evaluate.temporal_suite import measured, n_documents
+from tcsae.evaluate.temporal_suite import DEFINITIONS, measured, n_documents
 from tcsae.evaluate.temporal_sums import SignedAccumulator, TemporalSums
 from tcsae.store.atomic import partial_file
 from tcsae.store.progress import progress
@@ -138,6 +138,7 @@ def _result(
     print_ = fingerprint(
         suite="temporal",
         reference=DESCRIPTIONS[reference],
+        definitions=DEFINITIONS,
         sae=None if reference == "raw" else first.digest,
         store=bench.store.id,
         hook=held_out.hook,

@@ -25,8 +25,10 @@ from tcsae.evaluate.temporal_pass import (
     accumulate,
     calibrated,
     codes_of,
+    is_short,
     parts_of_text,
     units_of,
+    untold,
 )
 from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.store.parallel import map_tasks
@@ -156,7 +158,7 @@ def temporal_sums_on_workers(
     workers, scheduler
         as in `tcsae.store.parallel.map_tasks`
     """
-    thirds, _ = calibrated(encoder, held_out, lambda _: None)
+    thirds, _ = calibrated(encoder, held_out, untold if is_short(held_out) else advance)
     parts = parts_of_text(held_out)
     units = units_of(held_out, encoder.d_sae)
     n_units = int(units.max()) + 1
