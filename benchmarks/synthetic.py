@@ -132,9 +132,9 @@ def report(
         *ranking_table(ranking),
         "",
         "Agreement with the true run length (Spearman, 1: as the truth ranks them; sign turned for smoothness and "
-        f"total variation): over the {len(found.rows)} SAEs with an interval over documents; over the matched features of an "
-        "SAE, mean over SAEs with Student's interval over them; over the true features' own codes, with Bonett and "
-        "Wright's interval. Last three columns: means of the metric on the true codes of slow, medium and fast "
+        f"total variation): over the {len(found.rows)} SAEs with an interval over documents; over the matched features "
+        "of an SAE, mean over SAEs with Student's interval over them; over the true features' own codes, with Bonett "
+        "and Wright's interval. Last three columns: means of the metric on the true codes of slow, medium and fast "
         "features.",
     ]
     return "\n".join(lines)
