@@ -21,6 +21,7 @@ from tcsae.evaluate.core import outliers_left_out
 from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
+from tcsae.evaluate.probe_figures import probe_name
 from tcsae.evaluate.references import Material, reference_sample, references
 from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import (
@@ -38,6 +39,7 @@ from tcsae.evaluate.temporal_references import reference_rows
 from tcsae.evaluate.token_rows import TokenRows, read_token_rows
 from tcsae.evaluate.truth_oracle import oracle_table
 from tcsae.evaluate.truth_ranking import Ranking, rank, write_ranking
+from tcsae.evaluate.unlearning_plot import read_unlearning_rows, unlearning_figure
 from tcsae.harvest.model import LanguageModel
 from tcsae.harvest.synthetic import truth_of_store
 from tcsae.store.atomic import exclusive, partial_file
@@ -53,6 +55,11 @@ COMPARED_METRICS = ("autocorrelation", PRIMARY_METRIC)
 
 RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
 """Compared with the control beside them: what the consistency cost."""
+
+COMPARED_PROBES = tuple(
+    probe_name(task, "H", 20) for task in ("topic", "source", "position", "token", "previous_token")
+)
+"""What H tells more, and by which short cuts."""
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -282,8 +289,13 @@ def _finish(
         )
         n_outliers = sum(left_out.values())
         final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))
+    unlearned = config.out / "unlearning.png" if "unlearning" in config.suites else None
+    if unlearned is not None:
+        _draw_unlearning(unlearned, subjects, bench)
     ranking = _ranked(results, bench) if {"temporal", "truth"} <= set(config.suites) else None
-    evaluation = Evaluation(config.out, (*rows, *references), tuple(comparisons), conditions, figure, ranking)
+    evaluation = Evaluation(
+        config.out, (*rows, *references), tuple(comparisons), conditions, figure, ranking, unlearned
+    )
     write_summary(evaluation)
     return evaluation
 
@@ -301,13 +313,23 @@ def _ranked(results: dict[tuple[Suite, str], SuiteResult], bench: Bench) -> Rank
     return ranking
 
 
+def _draw_unlearning(path: Path, subjects: Sequence[Subject], bench: Bench) -> None:
+    hooks = ", ".join(dict.fromkeys(one.hook for one in subjects))
+    unlearning_figure(
+        read_unlearning_rows(_paths(bench.config, "unlearning", one)[0] for one in subjects),
+        path,
+        f"{bench.store.provenance.model}, {hooks}; split {bench.config.split}; stairs: the best setting that "
+        "costs no more; dots: all settings",
+    )
+
+
 def _compare(one: Subject, treated: Row, control: Row) -> Comparison:
     parts: list[Part] = list(parts_of(one.sae))
     if one.sae.block_size:
         parts.append("best")
     names = [metric_name(part, COMPARED_LAG, metric) for metric in COMPARED_METRICS for part in parts]
     estimates: dict[str, Estimate] = {}
-    for name in (*names, *RECONSTRUCTION_METRICS):
+    for name in (*names, *RECONSTRUCTION_METRICS, *COMPARED_PROBES):
         if name not in treated.estimates:
             continue
         pair = compare_with_control(

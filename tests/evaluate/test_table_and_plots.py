@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tcsae.evaluate.cells import WIDTH
 from tcsae.evaluate.estimates import Draws, Estimate
 from tcsae.evaluate.plots import PANELS, Bar, Panel, _limits, bars_of, final_metrics
 from tcsae.evaluate.summary import Comparison, Evaluation, Row
-from tcsae.evaluate.table import WIDTH, table
+from tcsae.evaluate.table import table
 
 REPLAYED = ("loss_recovered", "kl_sae", "kl_score")
 
