@@ -232,6 +232,10 @@ def evaluate(
     domain_tokens: Annotated[
         int, typer.Option(help="Tokens that unlearning scores on, inside a topic and outside it.")
     ] = 2048,
+    questions_forget: Annotated[
+        Path | None, typer.Option(help="JSON lines of multiple-choice questions on the topic to unlearn.")
+    ] = None,
+    questions_retain: Annotated[Path | None, typer.Option(help="The same on anything else.")] = None,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
     temporal_references: Annotated[
         str,
@@ -262,6 +266,8 @@ def evaluate(
             references=tuple(reference or ()),
             forget=tuple(forget or ()),
             domain_tokens=domain_tokens,
+            questions_forget=questions_forget,
+            questions_retain=questions_retain,
             device=device,
             seed=seed,
             temporal_references=(
@@ -275,7 +281,7 @@ def evaluate(
         typer.echo((out / "summary.json").read_text().rstrip())
     else:
         typer.echo(table(result))
-        typer.echo(f"figure: {result.figure or 'none'}")
+        typer.echo(f"figure: {result.figure or result.unlearning_figure or 'none'}")
 
 
 @app.command(epilog="Example: tcsae compare results more-results --report comparison")

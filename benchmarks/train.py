@@ -1,7 +1,7 @@
 """Training steps of our arms against the machine's own limits and the peers' training steps, in one run.
 
 python -P benchmarks/train.py [--features 4096] [--d-model 512] [--batch 4096] [--threads 2] [--peers-python PATH]
-                              [--rounds 7] [--large-rows 10000000] [--quick]
+                              [--rounds 7] [--large-rows 10000000] [--parts steps,arms,growth,memory]
 
 In each round every contestant takes one step, one after the other; medians over the rounds are printed, ratios are
 medians of the rounds' own ratios, since what else the machine does changes from round to round. Our steps are whole:
@@ -215,8 +215,8 @@ def peers(python: str | None, options: argparse.Namespace, folder: Path) -> Iter
         process.wait()
 
 
-def steps(store: ActivationStore, options: argparse.Namespace, folder: Path) -> list[float]:
-    """Print the table of steps; the seconds of our BatchTopK's."""
+def steps(store: ActivationStore, options: argparse.Namespace, folder: Path) -> None:
+    """Print the table of steps."""
     batch = options.batch
     precisions: list[Precision] = ["float32"]
     if linear_for("auto", CPU) is not linear_for("float32", CPU):
@@ -251,14 +251,13 @@ def steps(store: ActivationStore, options: argparse.Namespace, folder: Path) -> 
                 )
             share = ratio(taken["loading the data of a step"], base)
             print(f"  loading is {share:.1%} of a BatchTopK step (bar: 2 %)")
-    return base
 
 
 def side_by_side(store: ActivationStore, options: argparse.Namespace) -> None:
     """Several arms in one pass against each alone."""
     some = list(arms(options).values())[:3]
-    runs = {arm.name: stepping(training(store, options.batch, arm)) for arm in some}
-    runs["all in one pass"] = stepping(training(store, options.batch, *some))
+    runs = {arm.name: stepping(training(store, options.batch, arm, precision="auto")) for arm in some}
+    runs["all in one pass"] = stepping(training(store, options.batch, *some, precision="auto"))
     taken = alternate(runs, max(2, options.rounds // 2))
     together = taken.pop("all in one pass")
     alone = [sum(values) for values in zip(*taken.values(), strict=True)]
@@ -268,9 +267,11 @@ def side_by_side(store: ActivationStore, options: argparse.Namespace) -> None:
     )
 
 
-def growing(folder: Path, options: argparse.Namespace, step: float) -> None:
+def growing(store: ActivationStore, folder: Path, options: argparse.Namespace) -> None:
     """What loading costs where the store is larger: 8 numbers a row, the index as long as any store's."""
     sizes = (1_000_000, options.large_rows)
+    step = stepping(training(store, options.batch, arms(options)["BatchTopK"], precision="auto", ring=False))
+    base = statistics.median(alternate({"": step}, options.rounds)[""])
     runs = {}
     for n in sizes:
         store = make_store(folder / f"{n}.zarr", n, 8)
@@ -281,7 +282,7 @@ def growing(folder: Path, options: argparse.Namespace, step: float) -> None:
     more = statistics.median(b - a for a, b in zip(small, large, strict=True))
     found = ", ".join(f"{1e3 * statistics.median(v):.2f} ms from {n} rows" for n, v in taken.items())
     print(
-        f"\nloading a step's data, 8 numbers a row: {found}; the difference is {more / step:+.1%} of a BatchTopK "
+        f"\nloading a step's data, 8 numbers a row: {found}; the difference is {more / base:+.1%} of a BatchTopK "
         "step (bar: 5 %)"
     )
 
@@ -308,7 +309,10 @@ def memory_of(path: Path, n: int, options: argparse.Namespace) -> None:
     """Print this process's largest resident memory in bytes after some steps of ``n`` arms."""
     plain = arms(options)["BatchTopK"]
     run = training(
-        ActivationStore.open(path), options.batch, *(replace(plain, name=f"a{i}") for i in range(n))
+        ActivationStore.open(path),
+        options.batch,
+        *(replace(plain, name=f"a{i}") for i in range(n)),
+        precision="auto",
     )
     for _ in range(3):
         run.step(detailed=False)
@@ -328,7 +332,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--large-rows", type=int, default=10_000_000)
     parser.add_argument("--peers-python", help="a Python with sae-lens, eai-sparsify and dictionary-learning")
-    parser.add_argument("--quick", action="store_true", help="two rounds of steps, nothing else")
+    parser.add_argument("--parts", default="steps,arms,growth,memory", help="what to measure, with commas")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -337,15 +341,17 @@ def main() -> None:
     if options.memory_of:
         memory_of(options.store, options.memory_of, options)
         return
-    if options.quick:
-        options.rounds = 2
+    parts = options.parts.split(",")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = make_store(folder / "store.zarr", 40 * options.batch, options.d_model)
-        base = steps(store, options, folder)
-        if not options.quick:
+        if "steps" in parts:
+            steps(store, options, folder)
+        if "arms" in parts:
             side_by_side(store, options)
-            growing(folder, options, statistics.median(base))
+        if "growth" in parts:
+            growing(store, folder, options)
+        if "memory" in parts:
             memory(folder / "store.zarr", options)
 
 

@@ -55,6 +55,10 @@ class EvaluateConfig:
     domain_tokens: int = 2048
     """tokens that the unlearning suite scores on, inside each forget domain and as many outside it (whole
     contexts, the documents taking turns); every setting replays them"""
+    questions_forget: Path | None = None
+    """JSON lines of multiple-choice questions about what is forgotten, for the unlearning suite"""
+    questions_retain: Path | None = None
+    """the same about anything else"""
     device: str = "auto"
     """torch device, or "auto" for CUDA where there is one"""
     n_bootstrap: int = 2000
@@ -76,6 +80,13 @@ class EvaluateConfig:
         for suite in self.suites:
             if suite not in SUITES:
                 raise UnknownName.among("suite", suite, SUITES)
+        if (self.questions_forget is None) != (self.questions_retain is None):
+            raise ConfigError("questions_forget, questions_retain: expected both files or none, got one")
+        if self.questions_forget is not None and len(self.forget) != 1:
+            raise ConfigError(
+                f"forget: with questions, expected the one topic that they are about, got {len(self.forget)}; "
+                "its documents select the features"
+            )
         for reference in self.references:
             parse_reference(reference)
         if self.store is None and self.tokens is None:

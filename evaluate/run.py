@@ -40,6 +40,7 @@ from tcsae.evaluate.temporal_references import reference_rows
 from tcsae.evaluate.token_rows import TokenRows, read_token_rows
 from tcsae.evaluate.truth_oracle import oracle_table
 from tcsae.evaluate.truth_ranking import Ranking, rank, write_ranking
+from tcsae.evaluate.unlearning_plot import read_unlearning_rows, unlearning_figure
 from tcsae.harvest.model import LanguageModel
 from tcsae.harvest.synthetic import truth_of_store
 from tcsae.store.atomic import exclusive, partial_file
@@ -289,8 +290,13 @@ def _finish(
         )
         n_outliers = sum(left_out.values())
         final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))
+    unlearned = config.out / "unlearning.png" if "unlearning" in config.suites else None
+    if unlearned is not None:
+        _draw_unlearning(unlearned, subjects, bench)
     ranking = _ranked(results, bench) if {"temporal", "truth"} <= set(config.suites) else None
-    evaluation = Evaluation(config.out, (*rows, *references), tuple(comparisons), conditions, figure, ranking)
+    evaluation = Evaluation(
+        config.out, (*rows, *references), tuple(comparisons), conditions, figure, ranking, unlearned
+    )
     write_summary(evaluation)
     return evaluation
 
@@ -306,6 +312,16 @@ def _ranked(results: dict[tuple[Suite, str], SuiteResult], bench: Bench) -> Rank
     ranking = rank(of["temporal"], of["truth"], source, out, oracle)
     write_ranking(ranking, bench.config.out)
     return ranking
+
+
+def _draw_unlearning(path: Path, subjects: Sequence[Subject], bench: Bench) -> None:
+    hooks = ", ".join(dict.fromkeys(one.hook for one in subjects))
+    unlearning_figure(
+        read_unlearning_rows(_paths(bench.config, "unlearning", one)[0] for one in subjects),
+        path,
+        f"{bench.store.provenance.model}, {hooks}; split {bench.config.split}; stairs: the best setting that "
+        "costs no more; dots: all settings",
+    )
 
 
 def _compare(one: Subject, treated: Row, control: Row) -> Comparison:

@@ -80,6 +80,8 @@ class Evaluation:
     """``final_metrics.png``, None if the core suite was not asked for"""
     ranking: Ranking | None = None
     """whether temporal metrics order as the truth does; None unless both suites were asked for"""
+    unlearning_figure: Path | None = None
+    """``unlearning.png``, None if the unlearning suite was not asked for"""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the content of ``summary.json``; without the draws."""

@@ -119,7 +119,7 @@ def figures(sums: TemporalSums) -> Iterator[Figure]:
     yield from autocorrelation_figures(sums)
     n, firings = samples(sums.n[:, None]), samples(sums.once("firings"))
     for at, lag in enumerate(sums.lags):
-        yield from _of_states(sums, at, lag, firings / n)
+        yield from _of_states(sums, at, lag, _ratio(firings, n))
     total, runs = samples(sums.once("total")), samples(sums.once("runs"))
     steepest, n_steepest = samples(sums.once("steepest")), samples(sums.once("n_steepest"))
     yield Figure(METRICS["run_length"], None, _ratio(firings, runs))

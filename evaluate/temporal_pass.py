@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ Advance = Callable[[int], object]
 """Told of tokens that are done."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """Features of a block of whole contexts."""
 

@@ -8,6 +8,7 @@ versions of transformer_lens. One argument, a JSON object with
     tokens         .npy of token ids [sequence, position]: a pretokenised dataset, its faster way
     hooks          {kind of model: names of the hooks there}
     batch_size, threads, scratch
+    precision      dtype of the model; activations are stored in float32, since its datasets know no bfloat16
 
 Once the models are loaded it writes one line, ``{"ready": versions}``. Then, for each line ``[kind, hook]`` that it
 reads, it runs that runner into an empty folder and writes ``{"seconds": ..., "model": ...}``: the whole of run() and
@@ -63,6 +64,7 @@ def serve(asked: dict[str, Any], answers: Any) -> None:
             dataset_path="given as an object",
             model_name=MODEL,
             model_class_name=kind,
+            model_from_pretrained_kwargs={"dtype": getattr(torch, asked["precision"])},
             model_batch_size=asked["batch_size"],
             hook_name=hook,
             d_in=d_model,

@@ -14,6 +14,7 @@ import torch
 from tcsae.store import ActivationStore, split_of
 from tcsae.store.dataset import Documents
 from tcsae.store.errors import ConfigError, StoreCorrupt, StoreNotFound, UnknownName
+from tcsae.store.mapped import file_pages
 
 LENGTHS = [10, 40, 25, 25] * 10
 
@@ -127,7 +128,9 @@ def test_more_chunks_than_maps_are_kept_are_read_all_the_same(make_store, monkey
 def few_resident(monkeypatch):
     """Maps are given up after every third chunk of 40 bytes; to touch a chunk costs what its bytes are."""
     monkeypatch.setattr("tcsae.store.mapped.RESIDENT_BYTES", 120)
+    monkeypatch.setattr("tcsae.store.mapped.LOOK_BYTES", 0)
     monkeypatch.setattr("tcsae.store.mapped.TOUCHED_BYTES", 0)
+    monkeypatch.setattr("tcsae.store.mapped.file_pages", lambda: None)
 
 
 @pytest.fixture
@@ -146,6 +149,27 @@ def test_a_store_larger_than_what_may_be_resident_is_read_all_the_same(few_resid
             assert ten_chunks.rows(start, start + 5)[:, 1].tolist() == list(range(start, start + 5))
         assert n_mapped(ten_chunks) <= 4
     assert ten_chunks.gather(np.arange(99, -1, -1))[:, 0].tolist() == list(range(99, -1, -1))
+
+
+def test_pages_that_are_resident_count_whatever_was_read_to_bring_them_in(make_store, monkeypatch):
+    # Two rows are read of each chunk; file pages that become resident meanwhile are a whole chunk each time.
+    resident = iter(range(1000, 100_000, 40))
+    monkeypatch.setattr("tcsae.store.mapped.RESIDENT_BYTES", 120)
+    monkeypatch.setattr("tcsae.store.mapped.LOOK_BYTES", 0)
+    monkeypatch.setattr("tcsae.store.mapped.TOUCHED_BYTES", 0)
+    monkeypatch.setattr("tcsae.store.mapped.file_pages", lambda: next(resident))
+    store = make_store(torch.arange(100.0)[:, None].expand(100, 2), [100], rows_per_chunk=10)
+    for start in range(0, 100, 10):
+        assert store.rows(start, start + 2)[:, 0].tolist() == [start, start + 1]
+        assert n_mapped(store) <= 6
+
+
+def test_what_linux_says_is_resident_of_files_grows_with_what_is_touched_of_a_map(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**25))
+    before, mapped = file_pages(), np.memmap(path, mode="r")
+    assert int(mapped.sum()) == 0
+    assert file_pages() - before >= 2**25
 
 
 def test_a_view_outlives_the_map_that_it_was_taken_from(few_resident, ten_chunks):

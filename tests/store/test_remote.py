@@ -136,6 +136,8 @@ def test_the_cache_keeps_below_its_limit_and_lets_the_oldest_go(store, serve, ca
 def few_resident(monkeypatch):
     """Maps are given up at every second chunk."""
     monkeypatch.setattr("tcsae.store.mapped.RESIDENT_BYTES", 9600)
+    monkeypatch.setattr("tcsae.store.mapped.LOOK_BYTES", 0)
+    monkeypatch.setattr("tcsae.store.mapped.file_pages", lambda: None)
 
 
 def test_readers_that_share_a_cache_verify_each_chunk_once_each(store, serve, few_resident, monkeypatch):
