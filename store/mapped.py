@@ -139,7 +139,7 @@ class HookChunks:
         """Whether the file is the one that was verified and had every piece."""
         try:
             file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
+        except OSError:  # which `_read` comes upon as well, and names
             return False
         try:
             if _identity(os.fstat(file)) != tuple(self._verified[chunk].tolist()):

@@ -108,7 +108,7 @@ def _logged(one: Evaluated) -> tuple[pa.Table, ArmConfig] | None:
 
 def draw_tradeoff(points: Sequence[Point], metric: str, path: Path, caption: str) -> None:
     """``tradeoff.png``: consistency against L0 and against FVU, one point an arm, lines along alpha."""
-    with one_column(46) as figure:
+    with one_column(46.0) as figure:
         panels = figure.subplots(1, len(COSTS), sharey=True)
         handles: dict[str, Any] = {}
         for axes, cost in zip(panels, COSTS, strict=True):
@@ -183,7 +183,7 @@ def _log_l0(axes: Axes) -> None:
 def draw_lags(arms: Sequence[Arm], figures: Figures, path: Path, caption: str) -> None:
     """``autocorrelation.png``: each arm over all lags, in the whole dictionary, block H and the rest L."""
     rows = [name for name in CURVES if any(f"{name}_whole_lag{LAGS[0]}" in figures[arm.name] for arm in arms)]
-    with one_column(8 + 32 * len(rows)) as figure:
+    with one_column(8.0 + 32 * len(rows)) as figure:
         grid = figure.subplots(len(rows), len(PARTS), sharex=True, squeeze=False)
         handles: dict[str, Any] = {}
         for row, name in enumerate(rows):

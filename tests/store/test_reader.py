@@ -193,6 +193,50 @@ def test_a_chunk_that_is_mapped_again_is_verified_again_only_if_its_file_is_anot
     assert ten_chunks.rows(1, 2)[0, 0] == 1
 
 
+def test_a_gather_maps_nothing_and_keeps_no_file_open(ten_chunks):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    wanted = np.random.default_rng(0).permutation(100)
+    assert ten_chunks.gather(wanted)[:, 1].tolist() == wanted.tolist()
+    assert n_mapped(ten_chunks) == 0
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_gather_into_given_memory_fills_all_of_it(store, rows):
+    wanted = np.array([5, 6, 7, 299, 300, 301, 6, 999, 0])
+    out = torch.full((9, 16), torch.nan, dtype=torch.float16)
+    assert store.gather(wanted, out=out) is out
+    assert torch.equal(out, rows[wanted])
+    assert store.gather(np.array([], dtype=np.int64)).shape == (0, 16)
+
+
+def test_token_ids_of_rows_come_through_a_map_that_is_given_up_again(store):
+    def n_maps():
+        return Path("/proc/self/maps").read_text().count(f"{store.path}/tokens/")
+
+    before, wanted = n_maps(), np.array([999, 3, 3, 500])
+    assert store.tokens_at(wanted).tolist() == [int(store.tokens[row]) for row in wanted]
+    assert n_maps() == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        pytest.param(lambda good: good[:30], "expected 44 bytes, got 30", id="cut short"),
+        pytest.param(lambda good: bytes([good[0] ^ 1]) + good[1:], "CRC-32C", id="a flipped bit"),
+    ],
+)
+def test_a_gather_names_a_chunk_that_was_damaged_after_it_was_verified(ten_chunks, spoil, match):
+    ten_chunks.gather(np.arange(100))
+    path = ten_chunks.path / "activations" / ten_chunks.hooks[0] / "c" / "3" / "0"
+    good = path.read_bytes()
+    path.write_bytes(spoil(good))
+    assert ten_chunks.gather(np.arange(30))[29, 0] == 29
+    with pytest.raises(StoreCorrupt, match=f"c/3/0: {match}"):
+        ten_chunks.gather(np.arange(25, 35))
+    path.write_bytes(good)
+    assert ten_chunks.gather(np.arange(25, 35))[:, 0].tolist() == list(range(25, 35))
+
+
 def test_mapped_chunks_hold_no_file_open(ten_chunks):
     before = len(list(Path("/proc/self/fd").iterdir()))
     views = [ten_chunks.rows(start, start + 1) for start in range(0, 100, 10)]
