@@ -306,8 +306,18 @@ def _not_computed(
         for name, figure in figures[arm.name].items():
             if figure.reason:
                 by_reason.setdefault(figure.reason, []).append(name)
-        lines += [f"{arm.name}: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        lines += [f"{arm.name}: {_some(names)}: {reason}" for reason, names in by_reason.items()]
     return lines
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    """The first names and how many more; arms.parquet has the reason of each.
+
+    >>> _some(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _write(found: Compared, design: Design, report: Path, n_resamples: int) -> None:
