@@ -20,6 +20,7 @@ from tcsae.evaluate.compare.folders import Evaluated
 from tcsae.evaluate.compare.front import COSTS, Point
 from tcsae.evaluate.plots import PANELS, Bar, draw_final
 from tcsae.evaluate.temporal_codes import LAGS
+from tcsae.evaluate.unlearning_plot import read_unlearning_rows, unlearning_figure
 from tcsae.store.errors import TcsaeError
 from tcsae.train.config import ArmConfig
 from tcsae.train.figure_style import colour, dash, explain, marker, one_column, save_png
@@ -104,6 +105,17 @@ def _logged(one: Evaluated) -> tuple[pa.Table, ArmConfig] | None:
     table = pq.read_table(run.metrics)
     lines = table.filter(pc.and_(pc.equal(table["arm"], name), pc.equal(table["seed"], one.seed)))
     return (lines, arms[name]) if len(lines) else None
+
+
+def draw_unlearning(arms: Sequence[Arm], path: Path, caption: str) -> None:
+    """``unlearning.png``: the suite's own figure over all folders' SAEs."""
+    rows = [
+        row._replace(arm=arm.name, sae=f"{arm.name}-s{seed}")
+        for arm in arms
+        for seed, one in arm.saes.items()
+        for row in read_unlearning_rows([one.out / "unlearning" / f"{one.sae}.json"])
+    ]
+    unlearning_figure(rows, path, caption)
 
 
 def draw_tradeoff(points: Sequence[Point], metric: str, path: Path, caption: str) -> None:
