@@ -75,8 +75,16 @@ class PartSums:
         units = np.flatnonzero(sums.n)
         cells = sums.cells.reshape(-1)
         places = np.flatnonzero(cells)
-        parts = (part[units] for part in (sums.n, sums.n_pairs, sums.values, sums.published))
-        return cls(sums.lags, units, *parts, places, cells[places])
+        return cls(
+            lags=sums.lags,
+            units=units,
+            n=sums.n[units],
+            n_pairs=sums.n_pairs[units],
+            values=sums.values[units],
+            published=sums.published[units],
+            places=places,
+            counts=cells[places],
+        )
 
     def unpacked(self, n_units: int, cells: np.ndarray) -> TemporalSums:
         """The sums; the counts of pairs are added to ``cells``."""
