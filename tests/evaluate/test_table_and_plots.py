@@ -144,4 +144,3 @@ def test_probes_have_a_table_of_their_own_with_the_chance_level_above_them() -> 
     assert lines[at + 2].split() == ["chance", "-", "0.20"]
     assert lines[at + 3].split() == ["tc16", "0", "0.76", "[.66,.83]"]
     assert max(map(len, lines)) <= WIDTH
-
