@@ -75,8 +75,10 @@ class PartSums:
         units = np.flatnonzero(sums.n)
         cells = sums.cells.reshape(-1)
         places = np.flatnonzero(cells)
-        parts = (part[units] for part in (sums.n, sums.n_pairs, sums.values, sums.published))
-        return cls(sums.lags, units, *parts, places, cells[places])
+        n, n_pairs, values, published = (
+            part[units] for part in (sums.n, sums.n_pairs, sums.values, sums.published)
+        )
+        return cls(sums.lags, units, n, n_pairs, values, published, places, cells[places])
 
     def unpacked(self, n_units: int, cells: np.ndarray) -> TemporalSums:
         """The sums; the counts of pairs are added to ``cells``."""
