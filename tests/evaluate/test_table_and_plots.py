@@ -133,13 +133,14 @@ def test_single_seeds_far_from_their_mean_are_inside_the_axes(panel: Panel) -> N
     assert high >= 1.0
 
 
-def test_probes_have_a_table_of_their_own_with_the_chance_level_beside_them() -> None:
+def test_probes_have_a_table_of_their_own_with_the_chance_level_above_them() -> None:
     row = a_row("tc16", 0, 0.5)
-    assert "probe" not in table(evaluation_of(row))
+    assert "Probes" not in table(evaluation_of(row))
     row.estimates["probe_topic_chance"] = Estimate("chance", "1", 0.2, None, None, 60, None, "known")
     row.estimates["probe_topic_H_k20"] = Estimate("topic", "1", 0.76, 0.66, 0.83, 60, "bca", None)
+    row.estimates["probe_source_chance"] = Estimate("chance", "1", None, None, None, 0, None, "one source")
     lines = table(evaluation_of(row)).splitlines()
-    at = next(i for i, line in enumerate(lines) if "topic H" in line)
-    assert lines[at].split() == ["arm", "seed", "topic", "H", "chance"]
-    assert lines[at + 2].split() == ["tc16", "0", "0.76", "[.66,.83]", "0.20"]
+    at = next(i for i, line in enumerate(lines) if line.split()[:3] == ["arm", "seed", "topic"])
+    assert lines[at + 2].split() == ["chance", "-", "0.20"]
+    assert lines[at + 3].split() == ["tc16", "0", "0.76", "[.66,.83]"]
     assert max(map(len, lines)) <= WIDTH
