@@ -195,7 +195,8 @@ class _Denominator(torch.autograd.Function):
         nearest = query.new_full((len(query),), -torch.inf)
         nearest_in_source = nearest.clone()
         n_masked, n_keys = torch.zeros_like(document), 0
-        memory, scaled, by_document = None, query / temperature, _ByDocument(document)
+        memory: _Memory | None = None
+        scaled, by_document = query / temperature, _ByDocument(document)
         for piece in keys:
             code, n = piece.code, len(piece.code)
             if memory is None or len(memory.unit) < n:
