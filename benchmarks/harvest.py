@@ -1,13 +1,15 @@
 """Harvesting against the bare Hugging Face model, TransformerLens' hooks and SAELens' runner, in one run.
 
 python -P benchmarks/harvest.py [--tokens 16384] [--rounds 5] [--threads 1] [--model pythia-70m-shape,smollm2]
-                                [--context-length 128] [--precision float32] [--profile] [--saelens-python PATH]
+                                [--context-length 128] [--precision float32] [--profile] [--processor-time]
+                                [--saelens-python PATH]
 
 Every way reads the same batches of the same text in the same precision on the same number of threads, and runs the
 layers up to the hook and no language-model head. tcsae also picks the rows out, casts them to float16, checks them,
 computes their CRC-32C, writes and syncs them; the other ways throw the activations away. The ways take turns, and the
 medians of the rounds are printed, with the ratio to the bare model. ``--profile`` prints the operators in which one
-more of our harvests, which is not among the rounds, spends its time.
+more of our harvests, which is not among the rounds, spends its time. ``--processor-time``, for a machine that has other
+work too, counts the seconds that the process has on processors; what fsync waits for is not in them.
 
 With ``--saelens-python``, a Python with sae-lens in it (whose transformer_lens is older than ours), instead: SAELens'
 runner that caches activations, in a process of its own, and whole harvests of ours take turns on the Pythia-70m shape.
@@ -61,19 +63,23 @@ PEER_HOOKS = {
 """SAELens' two kinds of model, and what each calls the hooks"""
 
 
+Clock = Callable[[], float]
+
+
 class Sizes(NamedTuple):
-    """How much is measured."""
+    """How much is measured, and by which clock."""
 
     tokens: int
     rounds: int
     context_length: int
+    clock: Clock
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object], clock: Clock) -> float:
     """Seconds of one call."""
-    began = time.perf_counter()
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def batches(config: HarvestConfig, plan: Plan, model: LanguageModel) -> list[torch.Tensor]:
@@ -96,7 +102,7 @@ def batches(config: HarvestConfig, plan: Plan, model: LanguageModel) -> list[tor
 @torch.no_grad()
 def compare(name: str, folder: Path, sizes: Sizes, precision: Precision, *, profiled: bool) -> None:
     """Measure one model and print its table."""
-    tokens, rounds, context_length = sizes
+    tokens, rounds, context_length, clock = sizes
     dtype = getattr(torch, precision)
     where = str(save_neox(folder / "model", n_layers=6, d_model=512, n_heads=8)) if name == SHAPE else name
     layer = LAYERS[name]
@@ -148,13 +154,13 @@ def compare(name: str, folder: Path, sizes: Sizes, precision: Precision, *, prof
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, work in ways.items():
-            seconds[way].append(timed(work))
+            seconds[way].append(timed(work, clock))
     n_rows = plan.layout.n_rows
     base = seconds["bare Hugging Face body"]
     padded = sum(ids.numel() for ids in all_ids)
     print(
         f"\n{name}, {hook}, d_model {model.d_model}, context {context_length}, {precision}, "
-        f"{torch.get_num_threads()} threads, {n_rows:,} rows ({padded / n_rows - 1:.1%} BOS and padding)"
+        f"{torch.get_num_threads()} threads{_by(clock)}, {n_rows:,} rows ({padded / n_rows - 1:.1%} BOS and padding)"
     )
     for way, values in seconds.items():
         rate = n_rows / statistics.median(values)
@@ -164,6 +170,10 @@ def compare(name: str, folder: Path, sizes: Sizes, precision: Precision, *, prof
         print(f"  {way:<34} {rate:9,.0f} tokens/s   ({spread})   x {ratio:6.3f}")
     if profiled:
         print_profile(harvested)
+
+
+def _by(clock: Clock) -> str:
+    return " (processor time)" if clock is time.process_time else ""
 
 
 def print_profile(harvested: Callable[[], object]) -> None:
@@ -189,7 +199,7 @@ class SaelensRunner:
     """The peer's process, with its models loaded. RuntimeError says why where it does not start or stops."""
 
     def __init__(
-        self, python: str, folder: Path, ids: npt.NDArray[np.int64], context: int, precision: Precision
+        self, python: str, folder: Path, ids: npt.NDArray[np.int64], sizes: Sizes, precision: Precision
     ) -> None:
         home = folder / "peer"
         save_neox(home / "EleutherAI" / "pythia-70m", n_layers=6, d_model=512, n_heads=8)
@@ -198,9 +208,10 @@ class SaelensRunner:
             "home": str(home),
             "tokens": str(home / "tokens.npy"),
             "hooks": PEER_HOOKS,
-            "batch_size": BATCH_TOKENS // context,
+            "batch_size": BATCH_TOKENS // sizes.context_length,
             "threads": torch.get_num_threads(),
             "precision": precision,
+            "clock": sizes.clock.__name__,
             "scratch": str(folder / "peer-activations"),
         }
         self._errors = (folder / "peer.err").open("w+")
@@ -259,7 +270,7 @@ def long_documents(folder: Path, tokens: int) -> Path:
 @torch.no_grad()
 def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Precision) -> None:
     """Whole harvests of ours against SAELens' runner, of one hook and of four."""
-    tokens, rounds, context = sizes
+    tokens, rounds, context, clock = sizes
     hooks = tuple(PEER_HOOKS["HookedTransformer"])
     last = hooks[-1]
     with quiet():
@@ -278,7 +289,7 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
     batch = BATCH_TOKENS // context
     n_sequences = plan.layout.n_rows // (context - 1) // batch * batch
     text = np.asarray(plan.layout.tokens[: n_sequences * (context - 1)]).reshape(n_sequences, -1)
-    peer = SaelensRunner(python, folder, np.insert(text, 0, model.bos_token_id, axis=1), context, precision)
+    peer = SaelensRunner(python, folder, np.insert(text, 0, model.bos_token_id, axis=1), sizes, precision)
 
     def theirs(kind: str, hooks: Sequence[str]) -> Took:
         runs = [peer.run(kind, hook) for hook in hooks]
@@ -290,9 +301,9 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
         inside = [0.0]
 
         def residuals(*args: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
             found = LanguageModel.residuals(model, *args)
-            inside[0] += time.perf_counter() - began
+            inside[0] += clock() - began
             return found
 
         def whole() -> None:
@@ -302,7 +313,7 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
 
         # timed from outside: the time inside the model is told apart without a clock in harvest's own loop
         model.residuals = residuals  # type: ignore[method-assign]
-        return Took(seconds=timed(whole), model=inside[0])
+        return Took(seconds=timed(whole, clock), model=inside[0])
 
     hooked, causal = PEER_HOOKS
     n_theirs, n_ours = n_sequences * context, plan.layout.n_rows
@@ -321,10 +332,8 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
             taken[way].append(work())
     peer.stop()
     versions = ", ".join(f"{name} {version}" for name, version in peer.versions.items())
-    print(
-        f"\n{SHAPE}, {last}, {precision} model, float32 stored, context {context}, {torch.get_num_threads()} threads, ",
-        end="",
-    )
+    threads = f"{torch.get_num_threads()} threads{_by(clock)}"
+    print(f"\n{SHAPE}, {last}, {precision} model, float32 stored, context {context}, {threads}, ", end="")
     print(f"{n_theirs:,} tokens of SAELens ({versions}), {n_ours:,} of ours")
     rates = {way: [n / one.seconds for one in taken[way]] for way, (n, _) in ways.items()}
     for at, (way, (n, _)) in enumerate(ways.items()):
@@ -347,12 +356,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--context-length", type=int, default=128)
     parser.add_argument("--precision", default="float32", choices=get_args(Precision))
+    parser.add_argument("--processor-time", action="store_true", help="count seconds on processors only")
     parser.add_argument("--profile", action="store_true", help="where our time goes, by operator")
     parser.add_argument("--model", default=",".join(LAYERS), help=f"some of {', '.join(LAYERS)}")
     parser.add_argument("--saelens-python", help="a Python in which sae-lens is installed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sizes = Sizes(options.tokens, options.rounds, options.context_length)
+    clock = time.process_time if options.processor_time else time.perf_counter
+    sizes = Sizes(options.tokens, options.rounds, options.context_length, clock)
     if options.saelens_python is not None:
         with tempfile.TemporaryDirectory() as folder:
             try:

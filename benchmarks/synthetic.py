@@ -31,10 +31,11 @@ from tcsae.store import ActivationStore
 from tcsae.store.spec import KINDS
 from tcsae.train import ArmConfig, TrainConfig, train
 
-CORPUS = "synthetic:features=1024,d_model=128,coherence=0.45,documents=2000,length=256"
+CORPUS = "synthetic:features=256,d_model=64,coherence=0.6,rate=0.005:0.1,documents=1500,length=256,topics=4"
+"""small enough for a minute of two quiet cores"""
 
-CONTROL = ArmConfig(name="block", expansion=8.0, k=16)
-"""as many features as there are true ones; about as many active as are on at a token, a quarter of them in H"""
+CONTROL = ArmConfig(name="block", k=8)
+"""a quarter of k in block H; as many features as there are true ones (`arms_of`)"""
 
 ARMS = (
     replace(CONTROL, name="batchtopk", block_share=0.0),
@@ -79,14 +80,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--corpus", default=CORPUS)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--tokens", type=int, default=500 * 2048)
+    parser.add_argument("--tokens", type=int, default=400 * 2048)
+    parser.add_argument("--k", type=int, default=CONTROL.k, help="active features per token")
+    parser.add_argument("--ring-size", type=int, default=4096, help="activations that negatives come from")
     parser.add_argument("--report", type=Path, help="Markdown file for the tables")
     asked = parser.parse_args()
     seeds = tuple(map(int, asked.seeds.split(",")))
     path = asked.folder / "store.zarr"
     harvest(HarvestConfig(store=path, corpus=asked.corpus, resume=True))
     store = ActivationStore.open(path)
-    config = TrainConfig(arms=ARMS, seeds=seeds, tokens=asked.tokens)
+    arms = arms_of(store, asked.k)
+    config = TrainConfig(arms=arms, seeds=seeds, tokens=asked.tokens, ring_size=asked.ring_size)
     run = asked.folder / "run"
     train(store, run, config, resume=(run / "run.json").exists())
     out = asked.folder / "results"
@@ -95,6 +99,13 @@ def main() -> None:
     print(text)
     if asked.report:
         asked.report.write_text(text + "\n")
+
+
+def arms_of(store: ActivationStore, k: int) -> tuple[ArmConfig, ...]:
+    """The arms with as many features as there are true ones."""
+    truth = store.truth()
+    assert truth is not None
+    return tuple(replace(arm, k=k, expansion=truth.n_features / store.d_model) for arm in ARMS)
 
 
 def report(
@@ -107,12 +118,13 @@ def report(
     """The tables as Markdown."""
     truth = store.truth()
     assert truth is not None
+    control = config.arms[1]
     kinds = ", ".join(f"{int(truth.of_kind(kind).sum())} {kind}" for kind in KINDS)
     lines = [
         f"`{store.provenance.corpus}`: {truth.n_features} true features ({kinds}) in {store.d_model} dimensions, "
         f"{store.n_rows:,} tokens in {store.n_documents:,} documents; {config.steps * config.batch_tokens:,} training "
-        f"tokens in {config.steps} steps; F = {CONTROL.features(store.d_model)}, k = {CONTROL.block_k} in block H "
-        f"(20 % of F) + {CONTROL.k - CONTROL.block_k}; {len(seeds)} paired seeds; measured on "
+        f"tokens in {config.steps} steps; F = {control.features(store.d_model)}, k = {control.block_k} in block H "
+        f"(20 % of F) + {control.k - control.block_k}; {len(seeds)} paired seeds; measured on "
         f"{found.conditions['n_documents']} test documents. Means over seeds, in brackets Student's 95 % intervals "
         "over seeds.",
         "",
@@ -132,9 +144,9 @@ def report(
         *ranking_table(ranking),
         "",
         "Agreement with the true run length (Spearman, 1: as the truth ranks them; sign turned for smoothness and "
-        f"total variation): over the {len(found.rows)} SAEs with an interval over documents; over the matched features of an "
-        "SAE, mean over SAEs with Student's interval over them; over the true features' own codes, with Bonett and "
-        "Wright's interval. Last three columns: means of the metric on the true codes of slow, medium and fast "
+        f"total variation): over the {len(found.rows)} SAEs with an interval over documents; over the matched features "
+        "of an SAE, mean over SAEs with Student's interval over them; over the true features' own codes, with Bonett "
+        "and Wright's interval. Last three columns: means of the metric on the true codes of slow, medium and fast "
         "features.",
     ]
     return "\n".join(lines)

@@ -37,7 +37,9 @@ from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_
 from tcsae.store.writer import documents_table
 from tcsae.train import ArmConfig, TrainConfig
 from tcsae.train.config import Precision
-from tcsae.train.precision import linear_for
+from tcsae.train.precision import dtype_for, linear_for
+from tcsae.train.ring import PIECE
+from tcsae.train.temporal import LANES
 from tcsae.train.training import Training
 
 HOOK = "blocks.0.hook_resid_post"
@@ -251,6 +253,63 @@ def steps(store: ActivationStore, options: argparse.Namespace, folder: Path) -> 
                 )
             share = ratio(taken["loading the data of a step"], base)
             print(f"  loading is {share:.1%} of a BatchTopK step (bar: 2 %)")
+            profile(ours, base, taken, precision, options.rounds)
+
+
+def profile(
+    ours: Mapping[str, Training],
+    base: list[float],
+    taken: Mapping[str, list[float]],
+    precision: Precision,
+    rounds: int,
+) -> None:
+    """Print what the contrast's products cost alone, in the pieces of the step, beside the whole term."""
+    dtype = dtype_for(precision, CPU)
+    for name, run in ours.items():
+        (arm,) = run.arms
+        if arm.config.alpha == 0:
+            continue
+        batch = run.loader.next()
+        (pairs,) = run._pairs(batch, run.done).values()
+        n_queries = len(np.union1d(pairs.anchor, pairs.positive))
+        width = -(-arm.sae.block_size // LANES) * LANES
+        n_keys, d_model = run.ring.activations.shape
+        x, W = torch.randn(PIECE, d_model, dtype=dtype), torch.randn(width, d_model, dtype=dtype)
+        code, query = torch.empty(PIECE, width, dtype=dtype), torch.rand(n_queries, width, dtype=dtype)
+        bias, logits = torch.zeros(width, dtype=dtype), torch.zeros(n_queries, PIECE, dtype=dtype)
+        slope = torch.empty_like(query)
+        pieces = range(n_keys // PIECE)
+
+        def all_pieces(work: Callable[[], object], pieces: range = pieces) -> Case:
+            return lambda: seconds_of(lambda: [work() for _ in pieces])
+
+        parts = {
+            "codes of the ring": (
+                2 * n_keys * d_model * width,
+                all_pieces(lambda x=x, W=W, b=bias, out=code: torch.addmm(b, x, W.T, out=out)),
+            ),
+            "logits": (
+                2 * n_queries * n_keys * width,
+                all_pieces(lambda q=query, k=code, out=logits: torch.mm(q, k.T, out=out)),
+            ),
+            "their gradient": (
+                2 * n_queries * n_keys * width,
+                all_pieces(lambda p=logits, k=code, out=slope: torch.mm(p, k, out=out)),
+            ),
+            "exponentials": (0, all_pieces(lambda p=logits: p.zero_().exp_())),
+        }
+        found = alternate({part: case for part, (_, case) in parts.items()}, rounds)
+        term = statistics.median(a - b for a, b in zip(taken[name], base, strict=True))
+        print(
+            f"  {name}: {n_queries} tokens in pairs, block H {width}; beyond a BatchTopK step {1e3 * term:.0f} ms"
+        )
+        for part, values in found.items():
+            middle = statistics.median(values)
+            rate = f", {parts[part][0] / middle / 1e9:,.0f} GFLOP/s" if parts[part][0] else ""
+            print(f"    {part:<30}{1e3 * middle:9.1f} ms{rate}")
+        products = sum(statistics.median(found[part]) for part, (flop, _) in parts.items() if flop)
+        base_time = statistics.median(base)
+        print(f"    with its products alone the step would be {1 + products / base_time:.2f} of BatchTopK's")
 
 
 def side_by_side(store: ActivationStore, options: argparse.Namespace) -> None:

@@ -1,33 +1,42 @@
-"""The probing suite in the terminal: what few features of a block tell of a text's topic."""
+"""The probing suite in the terminal: what few features of block H tell, and by which short cuts."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 
-from tcsae.evaluate.cells import NAMES, WIDTH, Columns, fitting, value, with_interval
+from tcsae.evaluate.cells import ABSENT, NAMES, WIDTH, aligned, value, with_interval
 from tcsae.evaluate.probe_figures import probe_name
+from tcsae.evaluate.probe_samples import CONTEXT_TASKS, TOKEN_TASKS
 from tcsae.evaluate.summary import Row
 
 SHOWN = 20
 """features of the probes that are shown"""
 
-_COLUMNS: Columns = (
-    *NAMES,
-    ("topic H", lambda row: with_interval(row, probe_name("topic", "H", SHOWN), ".2f")),
-    ("topic L", lambda row: with_interval(row, probe_name("topic", "L", SHOWN), ".2f")),
-    ("topic whole", lambda row: with_interval(row, probe_name("topic", "whole", SHOWN), ".2f")),
-    ("chance", lambda row: value(row, "probe_topic_chance", ".2f")),
-)
+_TASKS = (*CONTEXT_TASKS, *TOKEN_TASKS)
 
 
 def probe_lines(rows: Sequence[Row]) -> list[str]:
-    """A table of the topic probes with 95 % intervals over documents; empty where none was asked for."""
-    probed = [row for row in rows if "probe_topic_chance" in row.estimates]
+    """A table of the probes with 95 % intervals over documents; empty where none was asked for."""
+    chances = [f"probe_{task}_chance" for task in _TASKS]
+    probed = [row for row in rows if any(name in row.estimates for name in chances)]
     if not probed:
         return []
+    cells = [
+        [*(head for head, _ in NAMES), *(task.replace("_", " ") for task in _TASKS), "topic L", "source L"],
+        ["chance", ABSENT, *(value(probed[0], name, ".2f") for name in chances), ABSENT, ABSENT],
+        *(
+            [
+                *(cell(row) for _, cell in NAMES),
+                *(with_interval(row, probe_name(task, "H", SHOWN), ".2f") for task in _TASKS),
+                *(value(row, probe_name(task, "L", SHOWN), ".2f") for task in CONTEXT_TASKS),
+            ]
+            for row in probed
+        ),
+    ]
     note = (
-        f"Balanced accuracy of a topic probe on {SHOWN} features of each part, on documents that neither it nor the "
-        "SAE has seen."
+        f"Probes of {SHOWN} features of block H (of the rest, L, in the last columns): balanced accuracy on documents "
+        "that neither the probe nor the SAE has seen. Position, token and the token before are short cuts: H should "
+        "read them no better than the control's H."
     )
-    return ["", *fitting(probed, _COLUMNS), *textwrap.wrap(note, WIDTH)]
+    return ["", *aligned(cells), *textwrap.wrap(note, WIDTH)]

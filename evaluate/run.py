@@ -21,7 +21,8 @@ from tcsae.evaluate.core import outliers_left_out
 from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
-from tcsae.evaluate.probe_figures import probe_name
+from tcsae.evaluate.probe_figures import SIZES, probe_name
+from tcsae.evaluate.probe_samples import CONTEXT_TASKS, TOKEN_TASKS
 from tcsae.evaluate.references import Material, reference_sample, references
 from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import (
@@ -57,9 +58,9 @@ RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
 """Compared with the control beside them: what the consistency cost."""
 
 COMPARED_PROBES = tuple(
-    probe_name(task, "H", 20) for task in ("topic", "source", "position", "token", "previous_token")
+    probe_name(task, "H", size) for task in (*CONTEXT_TASKS, *TOKEN_TASKS) for size in SIZES
 )
-"""What H tells more, and by which short cuts."""
+"""What H tells that the control's H does not, and whether it has taken a short cut."""
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:

@@ -26,7 +26,7 @@ from tcsae.evaluate.information import normalised_information
 from tcsae.evaluate.intervals import Array
 from tcsae.evaluate.temporal_sums import TemporalSums
 
-NO_PAIR = "no pair of tokens lies this far apart in one context, or no feature of this part varies"
+NO_PAIR = "no pair of tokens lies this far apart in one context, or no feature here varies"
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,9 @@ PART_TOKENS = 2**15
 SAMPLE_TOKENS = 2**15
 """Tokens of the sample that the thirds are read from; text of twice as many is encoded once and kept."""
 
+MAX_KEPT = 2**23
+"""Active entries that are kept, 170 MB; an encoder that has more is run twice."""
+
 MAX_UNITS = 128
 """Documents beyond it are dealt out into groups, see `HeldOut.units`."""
 
@@ -43,6 +46,10 @@ MAX_BYTES = 768 * 2**20
 
 Advance = Callable[[int], object]
 """Told of tokens that are done."""
+
+
+def untold(_: int) -> None:
+    """For an `Advance` that nobody listens to."""
 
 
 @runtime_checkable
@@ -102,7 +109,7 @@ def temporal_sums(
     *,
     seed: int,
     lags: tuple[int, ...] = LAGS,
-    advance: Advance = lambda _: None,
+    advance: Advance = untold,
 ) -> TemporalSums:
     """Sums over all documents of ``held_out``, in this process.
 
@@ -124,8 +131,9 @@ def temporal_sums(
     n_units = int(unit_of_document.max()) + 1
     thirds, kept = calibrated(encoder, held_out, advance)
     total = TemporalSums.zeros(n_units, encoder.d_sae, lags)
+    again = untold if is_short(held_out) else advance
     for number, blocks in enumerate(parts):
-        codes = (_advancing(encoder, held_out, blocks, advance)) if kept is None else iter(kept[number])
+        codes = iter(kept[number]) if kept is not None else _advancing(encoder, held_out, blocks, again)
         part = TemporalSums.zeros(n_units, encoder.d_sae, lags, total.cells)
         accumulate(part, codes, thirds, unit_of_document, encoder.block_size, [seed, number])
         total.add(part)
@@ -151,16 +159,16 @@ def calibrated(
     encoder: Encoder, held_out: HeldOut, advance: Advance
 ) -> tuple[Thirds, list[list[Codes]] | None]:
     """The thirds, and the codes of every part where they were read from the whole text."""
-    if _is_short(held_out):
-        kept = [list(_advancing(encoder, held_out, blocks, advance)) for blocks in parts_of_text(held_out)]
-        return thirds_of((one for part in kept for one in part), encoder.d_sae), kept
+    if is_short(held_out):
+        kept: list[list[Codes]] = []
+        return thirds_of(_keeping(encoder, held_out, kept, advance), encoder.d_sae), kept or None
     sample = sample_blocks(held_out, SAMPLE_TOKENS)
     return thirds_of(_advancing(encoder, held_out, sample, advance), encoder.d_sae), None
 
 
 def n_tokens_read(held_out: HeldOut) -> int:
     """Tokens that a pass encodes: those of the text, and those of the sample."""
-    if _is_short(held_out):
+    if is_short(held_out):
         return held_out.n_tokens
     sample = np.concatenate(sample_blocks(held_out, SAMPLE_TOKENS))
     return held_out.n_tokens + int(held_out.length[sample].sum())
@@ -214,7 +222,27 @@ def _advancing(
         advance(one.n_rows)
 
 
-def _is_short(held_out: HeldOut) -> bool:
+def _keeping(
+    encoder: Encoder, held_out: HeldOut, kept: list[list[Codes]], advance: Advance
+) -> Iterator[Codes]:
+    """The codes of the text, which are put into ``kept`` part by part, or not where they are too many."""
+    n_kept, is_too_much = 0, False
+    for blocks in parts_of_text(held_out):
+        kept.append([])
+        for one in _advancing(encoder, held_out, blocks, advance):
+            n_kept += len(one.value)
+            is_too_much = is_too_much or n_kept > MAX_KEPT
+            if is_too_much:
+                kept.clear()
+            else:
+                kept[-1].append(one)
+            yield one
+    if is_too_much:
+        kept.clear()
+
+
+def is_short(held_out: HeldOut) -> bool:
+    """Whether the whole text is the sample."""
     return held_out.n_tokens <= 2 * SAMPLE_TOKENS
 
 

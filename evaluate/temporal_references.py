@@ -48,13 +48,13 @@ from tcsae.evaluate.temporal_pass import (
     sample_blocks,
     units_of,
 )
-from tcsae.evaluate.temporal_suite import measured, n_documents
+from tcsae.evaluate.temporal_suite import DEFINITIONS, measured, n_documents
 from tcsae.evaluate.temporal_sums import SignedAccumulator, TemporalSums
 from tcsae.store.atomic import partial_file
 from tcsae.store.progress import progress
 from tcsae.train.sae.inference import SAE
 
-AVERAGE_TOKENS = 8
+AVERAGE_TOKENS = 8.0
 """Of the moving average: a value falls to 1/e in that many."""
 
 THRESHOLD_TOKENS = 2**13
@@ -65,7 +65,7 @@ SIGNED = "undefined, because a dimension of the activations has a sign and is ne
 DESCRIPTIONS: dict[TemporalReference, str] = {
     "raw": "raw activations",
     "random": "random encoder",
-    "averaged": f"first SAE, averaged over {AVERAGE_TOKENS} tokens",
+    "averaged": f"first SAE, averaged over {AVERAGE_TOKENS:g} tokens",
 }
 
 
@@ -138,6 +138,7 @@ def _result(
     print_ = fingerprint(
         suite="temporal",
         reference=DESCRIPTIONS[reference],
+        definitions=DEFINITIONS,
         sae=None if reference == "raw" else first.digest,
         store=bench.store.id,
         hook=held_out.hook,

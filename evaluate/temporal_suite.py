@@ -16,6 +16,9 @@ from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.evaluate.temporal_workers import temporal_sums_on_workers
 from tcsae.store.progress import progress
 
+DEFINITIONS = 2
+"""Raised whenever a figure of this suite changes its meaning; 1 had the pooled autocorrelation alone."""
+
 
 class TemporalSuite:
     """How long features stay on; the store alone is read, no model runs."""
@@ -23,8 +26,8 @@ class TemporalSuite:
     name: Suite = "temporal"
 
     def decides(self, config: EvaluateConfig) -> dict[str, Any]:
-        """Nothing beside what decides every suite's figures; who counts changes none."""
-        return {}
+        """The figures' definitions; who counts changes none of them."""
+        return {"definitions": DEFINITIONS}
 
     def check(self, subjects: Sequence[Subject], bench: Bench) -> None:
         """Any SAE of the store can be measured."""

@@ -25,8 +25,10 @@ from tcsae.evaluate.temporal_pass import (
     accumulate,
     calibrated,
     codes_of,
+    is_short,
     parts_of_text,
     units_of,
+    untold,
 )
 from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.store.parallel import map_tasks
@@ -54,43 +56,46 @@ class PartTask:
 
 @dataclass(frozen=True, slots=True)
 class PartSums:
-    """The sums of one part, its counts of pairs as the places that are not 0."""
+    """The `TemporalSums` of one part, of its own units alone, its counts of pairs as the places that are not 0."""
 
-    sums: TemporalSums
-    """of the part's units alone, without ``cells``"""
+    lags: tuple[int, ...]
     units: np.ndarray
-    """which those are"""
+    """numbers of the part's units"""
+    n: np.ndarray
+    n_pairs: np.ndarray
+    values: np.ndarray
+    published: np.ndarray
     places: np.ndarray
+    """of the counts in ``cells`` of all units, flattened"""
     counts: np.ndarray
 
     @classmethod
     def of(cls, sums: TemporalSums) -> PartSums:
         """``sums`` for sending."""
         units = np.flatnonzero(sums.n)
-        shape = sums.cells.shape
         cells = sums.cells.reshape(-1)
         places = np.flatnonzero(cells)
-        none = np.zeros((len(units), *shape[1:3], 0, shape[4]), dtype=np.int32)
-        kept = TemporalSums(
+        return cls(
             lags=sums.lags,
+            units=units,
             n=sums.n[units],
             n_pairs=sums.n_pairs[units],
             values=sums.values[units],
-            cells=none,
             published=sums.published[units],
+            places=places,
+            counts=cells[places],
         )
-        return cls(kept, units, places, cells[places])
 
     def unpacked(self, n_units: int, cells: np.ndarray) -> TemporalSums:
         """The sums; the counts of pairs are added to ``cells``."""
         flat = cells.reshape(-1)
         flat[self.places] += self.counts
-        whole = TemporalSums.zeros(n_units, self.sums.d_sae, self.sums.lags, cells)
+        whole = TemporalSums.zeros(n_units, self.values.shape[2], self.lags, cells)
         for mine, theirs in (
-            (whole.n, self.sums.n),
-            (whole.n_pairs, self.sums.n_pairs),
-            (whole.values, self.sums.values),
-            (whole.published, self.sums.published),
+            (whole.n, self.n),
+            (whole.n_pairs, self.n_pairs),
+            (whole.values, self.values),
+            (whole.published, self.published),
         ):
             mine[self.units] = theirs
         return whole
@@ -156,7 +161,7 @@ def temporal_sums_on_workers(
     workers, scheduler
         as in `tcsae.store.parallel.map_tasks`
     """
-    thirds, _ = calibrated(encoder, held_out, lambda _: None)
+    thirds, _ = calibrated(encoder, held_out, untold if is_short(held_out) else advance)
     parts = parts_of_text(held_out)
     units = units_of(held_out, encoder.d_sae)
     n_units = int(units.max()) + 1

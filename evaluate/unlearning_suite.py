@@ -163,7 +163,7 @@ def _measured(
         result=SuiteResult(print_, estimates | examined.estimates, draws | examined.draws, facts),
         kind="unlearning",
         settings=settings | _saebench_settings(examined, bench),
-        # as in SAEBench's other files, -1 stands for what is undefined
+        # -1 stands for what is undefined, as SAEBench has it in its core files; ``undefined`` says why
         metrics={"unlearning": {"unlearning_score": -1.0 if score.value is None else score.value}},
     )
 

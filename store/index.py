@@ -27,7 +27,11 @@ from tcsae.store.spec import (
     offsets_problem,
 )
 
-INDEX_DTYPES = {TOKENS: np.dtype("<i4"), DOCUMENT_OFFSETS: np.dtype("<i8"), CONTEXT_OFFSETS: np.dtype("<i8")}
+INDEX_DTYPES: dict[str, np.dtype[Any]] = {
+    TOKENS: np.dtype("<i4"),
+    DOCUMENT_OFFSETS: np.dtype("<i8"),
+    CONTEXT_OFFSETS: np.dtype("<i8"),
+}
 
 DOCUMENTS_AT_ONCE = 2**14
 """lines of the documents' table that are decoded together"""
@@ -96,9 +100,8 @@ def _index(store: Path, name: str) -> npt.NDArray[Any]:
 def map_index(store: Path, name: str, length: int) -> npt.NDArray[Any]:
     """Map an index array of ``length`` without looking at its bytes; raises `StoreCorrupt` as `map_file` does."""
     dtype = INDEX_DTYPES[name]
-    return map_file(store / name / "c" / "0", length * dtype.itemsize + CHECKSUM_BYTES)[
-        :-CHECKSUM_BYTES
-    ].view(dtype)
+    mapped = map_file(store / name / "c" / "0", length * dtype.itemsize + CHECKSUM_BYTES)
+    return mapped[:-CHECKSUM_BYTES].view(dtype)
 
 
 def _documents(store: Path, n_documents: int) -> pa.Table:

@@ -147,7 +147,7 @@ class HookChunks:
             if self._cached is not None:
                 touch(path)
             return all(
-                os.preadv(file, [into], first * self._row_bytes) == into.nbytes for first, into in pieces
+                os.preadv(file, [into.data], first * self._row_bytes) == into.nbytes for first, into in pieces
             )
         finally:
             os.close(file)

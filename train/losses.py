@@ -195,7 +195,8 @@ class _Denominator(torch.autograd.Function):
         nearest = query.new_full((len(query),), -torch.inf)
         nearest_in_source = nearest.clone()
         n_masked, n_keys = torch.zeros_like(document), 0
-        memory, scaled, by_document = None, query / temperature, _ByDocument(document)
+        memory: _Memory | None = None
+        scaled, by_document = query / temperature, _ByDocument(document)
         for piece in keys:
             code, n = piece.code, len(piece.code)
             if memory is None or len(memory.unit) < n:
@@ -256,7 +257,7 @@ class _ByDocument:
     def pairs(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Index pairs (query, key) of one document, given the keys' documents.
 
-        As a join, since comparing each with each took a tenth of the term where most documents are in the ring.
+        A join: its work grows with the pairs that it finds, not with queries times keys.
 
         >>> [each.tolist() for each in _ByDocument(torch.tensor([7, 5, 7])).pairs(torch.tensor([7, 6, 5]))]
         [[0, 2, 1], [0, 0, 2]]

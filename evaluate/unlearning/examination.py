@@ -41,7 +41,7 @@ from tcsae.evaluate.unlearning.score import (
 )
 from tcsae.evaluate.unlearning.select import NUMBERS, THRESHOLDS, Activity
 from tcsae.store.atomic import write_atomically
-from tcsae.store.errors import ConfigError
+from tcsae.store.errors import ConfigError, RunError
 from tcsae.store.progress import progress
 from tcsae.train.sae.inference import SAE
 
@@ -128,6 +128,8 @@ class Examination:
     ------
     ConfigError
         the model knows fewer than `MIN_KNOWN` questions of a file, or its tokenizer has no letters
+    RunError
+        ``saved`` holds something else
     """
 
     def __init__(
@@ -178,13 +180,9 @@ class Examination:
             ).encode()
         ).hexdigest()
         if saved.is_file():
-            body = json.loads(saved.read_bytes())
-            if body.get("fingerprint") == print_:
-                forget, retain = (
-                    Known(**{name: _tuple(value) for name, value in body[side]["known"].items()})
-                    for side in ("forget", "retain")
-                )
-                return forget, retain
+            kept = _read_known(saved, print_)
+            if kept is not None:
+                return kept
         n_prompts = sum(2 * len(ORDERS) * len(file.questions) for file in self._files)
         found = []
         with progress(n_prompts, "prompt", "questions") as bar:
@@ -200,7 +198,11 @@ class Examination:
                     return [one.letter for one in self._answer(asked, order, with_question)]
 
                 found.append(known_questions(file.questions, ask, bar.update))
-        body = {"fingerprint": print_, "model": self._model.name, "prompts": self._prompter.template}
+        body: dict[str, Any] = {
+            "fingerprint": print_,
+            "model": self._model.name,
+            "prompts": self._prompter.template,
+        }
         for side, file, known in zip(("forget", "retain"), self._files, found, strict=True):
             body[side] = {"file": file.path.name, "sha256": file.sha256, "known": asdict(known)}
             log.info(
@@ -258,6 +260,21 @@ class Examination:
                 "settings": [_renamed(row) for row in setting_rows(sums, boots["rises"])],
             }
         return Examined(estimates, draws, facts)
+
+
+def _read_known(saved: Path, wanted: str) -> tuple[Known, Known] | None:
+    """What was saved under the fingerprint ``wanted``, None if it was saved under another."""
+    try:
+        body = json.loads(saved.read_bytes())
+        if body["fingerprint"] != wanted:
+            return None
+        forget, retain = (
+            Known(**{name: _tuple(value) for name, value in body[side]["known"].items()})
+            for side in ("forget", "retain")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{saved}: not what tcsae wrote ({error!r}); delete it to ask again") from error
+    return forget, retain
 
 
 def _tuple(value: Any) -> Any:

@@ -82,7 +82,7 @@ def _outcome(
     log_probs: Float[Tensor, "position vocab"], tokens: Int64[Tensor, " position"]
 ) -> tuple[Float64[Tensor, " target"], Bool[Tensor, " target"]]:
     """Loss and hit of each prediction."""
-    loss = next_token_loss(log_probs, tokens.to(log_probs.device)).double().cpu()
+    (loss,) = next_token_loss(log_probs[None], tokens[None].to(log_probs.device)).double().cpu()
     return loss, log_probs[:-1].argmax(dim=-1).cpu() == tokens[1:]
 
 

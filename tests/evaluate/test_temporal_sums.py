@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.evaluate.temporal_codes import Codes, neighbours, pairings
 from tcsae.evaluate.information import thirds_of
+from tcsae.evaluate.temporal_codes import Codes, neighbours, pairings
 from tcsae.evaluate.temporal_sums import TemporalSums
 
 from .sequences import by_name, codes_of, sparse, sums_of
@@ -141,7 +142,7 @@ def test_t_saes_smoothness_is_the_mean_over_contexts_of_the_mean_over_features_t
     for context in text.context.unique():
         slopes: list[list[float]] = [[] for _ in range(N_FEATURES)]
         rows = torch.nonzero((text.context == context) & text.counted).flatten().tolist()
-        for a, b in zip(rows, rows[1:], strict=False):
+        for a, b in itertools.pairwise(rows):
             if b == a + 1:
                 for feature in range(N_FEATURES):
                     slopes[feature].append(float((f[b, feature] - f[a, feature]).abs() / text.step[b]))

@@ -17,8 +17,6 @@ from tcsae.evaluate.unlearning.questions import LETTERS, Question, read_question
 from tcsae.harvest.model import LanguageModel
 from tcsae.store.errors import ConfigError, CorpusError
 
-DATA = Path(__file__).parents[1] / "data" / "questions"
-
 GOOD = {"question": "2 + 2?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "simple_sums"}
 
 

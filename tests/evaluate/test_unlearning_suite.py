@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from tcsae.evaluate import EvaluateConfig, Evaluation, evaluate, table
-from tcsae.evaluate.unlearning.clamp import MULTIPLES
+from tcsae.evaluate.unlearning.clamp import MULTIPLES, Setting
+from tcsae.evaluate.unlearning.parts import Parts
+from tcsae.evaluate.unlearning.score import TopicSums
 from tcsae.evaluate.unlearning.topics import TopicReplay, draw_domains
 from tcsae.evaluate.unlearning_plot import UnlearningRow, frontier, read_unlearning_rows
 from tcsae.harvest.model import LanguageModel
@@ -346,3 +348,27 @@ def test_the_command_line_unlearns_a_topic(planted: Planted, tmp_path: Path, neo
     assert done.returncode == 0, done.stderr
     assert "unlearning, planted-s0, even: " in done.stdout
     assert "unlearning.png" in done.stdout
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "a.parts", "print")
+    assert parts.read("even") is None
+    sums = TopicSums(
+        settings=(Setting("selected", 0.01, 10, 1.0, (3, 4)),),
+        is_forget=np.array([True, False]),
+        n=np.ones(2),
+        loss=np.ones(2),
+        hits=np.zeros(2),
+        rise=np.array([[0.5], [0.0]]),
+        hits_with=np.zeros((2, 1)),
+    )
+    parts.write("even", sums)
+    kept = parts.read("even")
+    assert kept is not None
+    assert kept.settings == sums.settings
+    np.testing.assert_array_equal(kept.rise, sums.rise)
+    assert Parts(tmp_path / "a.parts", "another print").read("even") is None
+    (path,) = (tmp_path / "a.parts").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunError, match="delete it to measure again"):
+        parts.read("even")
