@@ -16,7 +16,13 @@ from tcsae.evaluate.intervals import bootstrap, resample_counts
 from tcsae.evaluate.summary import Evaluation, Row, write_summary
 
 N_DRAWS = 400
-SUITE_OF = {"l0": "core", "l0_H": "core", "explained_variance": "core", "loss_recovered": "core", "kl_sae": "core"}
+SUITE_OF = {
+    "l0": "core",
+    "l0_H": "core",
+    "explained_variance": "core",
+    "loss_recovered": "core",
+    "kl_sae": "core",
+}
 """Suites of the metrics that tests plant; all others are of the temporal suite."""
 
 

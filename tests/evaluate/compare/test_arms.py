@@ -77,7 +77,13 @@ def test_the_registered_pair_comes_first_and_the_rest_have_their_controls(folder
 
 def test_the_control_is_the_one_that_lacks_the_contrast_and_nothing_else(folder: WriteFolder) -> None:
     design = design_of(
-        families(folder, ("wide", {"expansion": 2.0}), ("block", {}), ("k-share", {"block_k_share": 0.5}), ("tc16", TC16))
+        families(
+            folder,
+            ("wide", {"expansion": 2.0}),
+            ("block", {}),
+            ("k-share", {"block_k_share": 0.5}),
+            ("tc16", TC16),
+        )
     )
     assert pairs(design)[0] == ("tc16", "block", "primary")
 
@@ -87,10 +93,14 @@ def test_the_control_is_the_one_that_lacks_the_contrast_and_nothing_else(folder:
     [
         pytest.param([("block", {})], "no arm with a temporal contrast of window 16", id="no contrast"),
         pytest.param(
-            [("block", {}), ("tc8", TC16 | {"window": 8})], "no arm with a temporal contrast", id="another window"
+            [("block", {}), ("tc8", TC16 | {"window": 8})],
+            "no arm with a temporal contrast",
+            id="another window",
         ),
         pytest.param(
-            [("block", {"block_k_share": 0.5}), ("tc16", TC16)], "a control of the same block", id="no control"
+            [("block", {"block_k_share": 0.5}), ("tc16", TC16)],
+            "a control of the same block",
+            id="no control",
         ),
         pytest.param(
             [("block", {}), ("a", {"alpha": 0.1}), ("b", {"alpha": 0.3})],

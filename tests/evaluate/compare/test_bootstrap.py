@@ -83,7 +83,9 @@ def test_the_acceleration_of_two_levels_sums_over_both() -> None:
 
 @pytest.mark.parametrize("n_seeds", [1, 2, 5])
 @pytest.mark.parametrize("shift", [0.0, 0.3, 1.5])
-def test_the_interval_leaves_the_null_out_exactly_if_p_is_below_five_percent(n_seeds: int, shift: float) -> None:
+def test_the_interval_leaves_the_null_out_exactly_if_p_is_below_five_percent(
+    n_seeds: int, shift: float
+) -> None:
     generator = np.random.default_rng(n_seeds)
     for _ in range(40):
         values = generator.normal(shift, 0.3, (n_seeds, 1)) + generator.exponential(size=(n_seeds, 25)) - 1

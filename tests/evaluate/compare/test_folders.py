@@ -20,7 +20,9 @@ FIGURES = {"l0": 30.0, "explained_variance": 0.75, "autocorrelation_whole_lag8":
 
 def test_two_folders_measured_alike_are_one_set_of_saes(folder: WriteFolder) -> None:
     one = folder([planted("tc16", 0, FIGURES)], "one")
-    other = folder([planted("tc16", 1, FIGURES), planted("block", 0, FIGURES)], "other", conditions={"tcsae": "0.2"})
+    other = folder(
+        [planted("tc16", 1, FIGURES), planted("block", 0, FIGURES)], "other", conditions={"tcsae": "0.2"}
+    )
     found = read_folders([one, other])
     assert [(sae.arm, sae.seed) for sae in found.saes] == [("tc16", 0), ("tc16", 1), ("block", 0)]
     assert found.hook == "blocks.1.hook_resid_post"
@@ -42,11 +44,15 @@ def test_fvu_is_one_minus_explained_variance_in_every_resample(folder: WriteFold
         pytest.param({"store": "store-2"}, "store is store-1 there and store-2 here", id="another store"),
         pytest.param({"model": "huge"}, "model is tiny there and huge here", id="another model"),
         pytest.param({"model_sha256": "1" * 64}, "model_sha256", id="other weights"),
-        pytest.param({"hooks": ["blocks.2.hook_resid_post"]}, "hooks is .*blocks.1.*blocks.2", id="another hook"),
+        pytest.param(
+            {"hooks": ["blocks.2.hook_resid_post"]}, "hooks is .*blocks.1.*blocks.2", id="another hook"
+        ),
         pytest.param({"split": "train"}, "split is test there and train here", id="another split"),
         pytest.param({"n_bootstrap": 500}, "n_bootstrap is 400 there and 500 here", id="other resamples"),
         pytest.param({"max_tokens": 9}, "max_tokens is 500 there and 9 here", id="other replay"),
-        pytest.param({"forget": ["law"]}, "forget is None there and .'law'. here", id="a suite's own setting"),
+        pytest.param(
+            {"forget": ["law"]}, "forget is None there and .'law'. here", id="a suite's own setting"
+        ),
     ],
 )
 def test_folders_measured_otherwise_are_refused_and_both_are_named(
@@ -59,7 +65,10 @@ def test_folders_measured_otherwise_are_refused_and_both_are_named(
 
 
 def test_another_seed_of_the_resamples_is_refused(folder: WriteFolder) -> None:
-    one, other = folder([planted("a", 0, FIGURES)], "one"), folder([planted("b", 0, FIGURES)], "other", seed=1)
+    one, other = (
+        folder([planted("a", 0, FIGURES)], "one"),
+        folder([planted("b", 0, FIGURES)], "other", seed=1),
+    )
     with pytest.raises(RunMismatch, match="seed is 0 there and 1 here"):
         read_folders([one, other])
 
@@ -97,7 +106,9 @@ def test_saes_of_two_hooks_in_one_folder_are_refused(folder: WriteFolder) -> Non
         read_folders([out])
 
 
-def test_what_is_not_a_finished_evaluation_is_refused_in_one_line(folder: WriteFolder, tmp_path: Path) -> None:
+def test_what_is_not_a_finished_evaluation_is_refused_in_one_line(
+    folder: WriteFolder, tmp_path: Path
+) -> None:
     with pytest.raises(RunNotFound, match=r"nowhere/summary\.json: no such file; .*tcsae evaluate"):
         read_folders([tmp_path / "nowhere"])
     out = folder([planted("a", 0, FIGURES)])
@@ -111,15 +122,25 @@ def test_what_is_not_a_finished_evaluation_is_refused_in_one_line(folder: WriteF
     ("edit", "error", "message"),
     [
         pytest.param(lambda s: s["saes"][0].pop("origin"), RunError, "older tcsae", id="no origin"),
-        pytest.param(lambda s: s["conditions"].pop("result_version"), RunError, "older tcsae", id="no version"),
         pytest.param(
-            lambda s: s["conditions"].update(result_version=99), RunMismatch, "results of version 99", id="newer"
+            lambda s: s["conditions"].pop("result_version"), RunError, "older tcsae", id="no version"
         ),
-        pytest.param(lambda s: s["saes"][0].pop("seed"), RunError, "fields are missing", id="a field is missing"),
+        pytest.param(
+            lambda s: s["conditions"].update(result_version=99),
+            RunMismatch,
+            "results of version 99",
+            id="newer",
+        ),
+        pytest.param(
+            lambda s: s["saes"][0].pop("seed"), RunError, "fields are missing", id="a field is missing"
+        ),
         pytest.param(lambda s: s.update(saes=[]), RunError, "holds no SAE", id="empty"),
         pytest.param(lambda s: s.update(saes=3), RunError, "not a summary", id="another file"),
         pytest.param(
-            lambda s: s["saes"][0]["metrics"]["l0"].update(value=1.0), RunError, "was not finished", id="stale"
+            lambda s: s["saes"][0]["metrics"]["l0"].update(value=1.0),
+            RunError,
+            "was not finished",
+            id="stale",
         ),
     ],
 )

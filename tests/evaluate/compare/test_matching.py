@@ -19,7 +19,9 @@ METRIC = ("autocorrelation_whole_lag8", "autocorrelation_whole_lag8")
 WriteFolder = Callable[..., Path]
 
 
-def curve(arm: str, l0: dict[int, float], y: dict[int, Any], seeds: tuple[int, ...] = (0, 1), **settings: Any) -> list[Planted]:
+def curve(
+    arm: str, l0: dict[int, float], y: dict[int, Any], seeds: tuple[int, ...] = (0, 1), **settings: Any
+) -> list[Planted]:
     """One family: at each k an L0 and a metric; the metric of seed s is larger by s."""
     return [
         planted(f"{arm}-k{k}", seed, {"l0": l0[k], METRIC[0]: np.asarray(y[k]) + seed}, k=k, **settings)
@@ -73,7 +75,9 @@ def test_nothing_is_extrapolated_and_the_numbers_are_named(folder: WriteFolder) 
         curve("tc16", {16: 10, 32: 40}, {16: 0, 32: 1}, alpha=0.02),
         curve("block", {16: 12, 32: 44}, {16: 0, 32: 1}),
     )
-    with pytest.raises(NotComparable, match=r"L0 42 lies outside of what tc16 reaches with seed 0, 10 to 40.*--l0"):
+    with pytest.raises(
+        NotComparable, match=r"L0 42 lies outside of what tc16 reaches with seed 0, 10 to 40.*--l0"
+    ):
         match(a, b, METRIC, 42.0)
     assert reach(b) == (12.0, 44.0)
 
