@@ -6,13 +6,10 @@ status 0: done; 1: a mistake of the user's or of the data, in one line; 2: usage
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
 import sys
 import time
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,12 +20,12 @@ import typer
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from tcsae.store.errors import ConfigError, Interrupted, ModelNotFound, StoreCorrupt, TcsaeError
+from tcsae.store.readable import json_of, lines_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tcsae.store import ActivationStore
-    from tcsae.train import TrainConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,9 +39,6 @@ store_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at, check, copy and describe a store."
 )
 app.add_typer(store_app, name="store")
-
-MOST_SHOWN = 10
-"""Entries of a table that are printed in one line; ``--json`` has them all."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
 DeviceOption = Annotated[str, typer.Option(help="torch device; auto: a GPU if there is one.")]
@@ -175,6 +169,7 @@ def train(
     from tcsae.train import dry_run as plan
     from tcsae.train import plot_run
     from tcsae.train import train as fit
+    from tcsae.train.recipes import asked_config
     from tcsae.train.run import own_config
     from tcsae.train.writers import check_writers
 
@@ -186,7 +181,7 @@ def train(
         # what the message of an interrupted run asks for
         asked = own_config(run)
     else:
-        asked = _train_config(recipe or [], config, settings or [], tokens, seeds)
+        asked = asked_config(recipe or [], config, settings or [], tokens, seeds)
     opened = ActivationStore.open(store)
     if dry_run:
         check_writers(log_to)
@@ -232,7 +227,19 @@ def evaluate(
     domain_tokens: Annotated[
         int, typer.Option(help="Tokens that unlearning scores on, inside a topic and outside it.")
     ] = 2048,
+    questions_forget: Annotated[
+        Path | None, typer.Option(help="JSON lines of multiple-choice questions on the topic to unlearn.")
+    ] = None,
+    questions_retain: Annotated[Path | None, typer.Option(help="The same on anything else.")] = None,
     seed: Annotated[int, typer.Option(help="Of the replayed contexts' draw and of the resamples.")] = 0,
+    temporal_reference: Annotated[
+        list[str] | None,
+        typer.Option(help="Hold the temporal figures against: raw, random, averaged; repeatable."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Dask processes on this machine for the temporal suite.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask scheduler for it, such as tcp://host:8786.")
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -254,15 +261,20 @@ def evaluate(
             references=tuple(reference or ()),
             forget=tuple(forget or ()),
             domain_tokens=domain_tokens,
+            questions_forget=questions_forget,
+            questions_retain=questions_retain,
             device=device,
             seed=seed,
+            temporal_references=tuple(temporal_reference or ()),  # type: ignore[arg-type]  # the same
+            workers=workers,
+            scheduler=scheduler,
         )
     )
     if as_json:
         typer.echo((out / "summary.json").read_text().rstrip())
     else:
         typer.echo(table(result))
-        typer.echo(f"figure: {result.figure or 'none'}")
+        typer.echo(f"figure: {result.figure or result.unlearning_figure or 'none'}")
 
 
 @app.command(epilog="Example: tcsae compare results more-results --report comparison")
@@ -421,6 +433,7 @@ def demo(
     from tcsae.harvest import harvest as run_model
     from tcsae.store import ActivationStore
     from tcsae.train import train as fit
+    from tcsae.train.recipes import asked_config
     from tcsae.train.run import RUN_FILE
 
     settings = tomllib.loads((files("tcsae.data") / "demo.toml").read_text("utf-8"))
@@ -431,7 +444,7 @@ def demo(
         asked = {**settings["harvest"], "hooks": tuple(settings["harvest"]["hooks"])}
         run_model(HarvestConfig(store=store, resume=True, **asked))
         log.info("2/3 train: %s", ", ".join(settings["train"]["recipes"]))
-        config = _train_config(settings["train"]["recipes"], None, [], settings["train"]["tokens"], None)
+        config = asked_config(settings["train"]["recipes"], None, [], settings["train"]["tokens"], None)
         trained = fit(ActivationStore.open(store), run, config, resume=(run / RUN_FILE).exists())
         log.info("3/3 evaluate: replaying the model")
         result = measure(EvaluateConfig(saes=(run,), out=results, store=store, **settings["evaluate"]))
@@ -443,31 +456,6 @@ def demo(
     typer.echo(table(result))
     typer.echo(f"training_metrics.png: {trained.figure}")
     typer.echo(f"final_metrics.png:    {result.figure}")
-
-
-def _train_config(
-    names: list[str], file: Path | None, settings: list[str], tokens: int | None, seeds: str | None
-) -> TrainConfig:
-    """The run's configuration: a file or recipes, then ``--tokens`` and ``--seeds``, then each ``--set``."""
-    from tcsae.train.recipes import load_recipes
-    from tcsae.train.settings import load_config, with_settings
-
-    if bool(names) == (file is not None):
-        raise ConfigError(
-            "give either --recipe (once or more) or --config FILE; `tcsae recipes` lists the recipes"
-        )
-    pairs = {}
-    if tokens is not None:
-        pairs["tokens"] = str(tokens)
-    if seeds is not None:
-        pairs["seeds"] = f"[{seeds}]"
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
-        pairs[key.strip()] = value.strip()
-    config = load_config(file) if file is not None else load_recipes(names, given=pairs)
-    return with_settings(config, pairs)
 
 
 def _decoder(store: ActivationStore) -> Callable[[list[int]], str] | None:
@@ -497,35 +485,7 @@ def _span(option: str, given: str | None) -> tuple[int, int] | None:
 
 def _print(result: Any, as_json: bool) -> None:
     """A dataclass as one JSON object, or a line a field."""
-    values = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
-    if as_json:
-        typer.echo(json.dumps(values, default=str))
-        return
-    width = max(map(len, values))
-    for name, value in values.items():
-        lines = _readable(value).splitlines() or ["-"]
-        for title, line in zip_longest([name.replace("_", " ")], lines, fillvalue=""):
-            typer.echo(f"{title:<{width}}  {line}")
-
-
-def _readable(value: Any) -> str:
-    match value:
-        case bool() | None:
-            return {True: "yes", False: "no", None: "-"}[value]
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:,.4g}" if abs(value) < 100 else f"{value:,.0f}"
-        case dict():
-            shown = [f"{_readable(str(k))}: {_readable(v)}" for k, v in list(value.items())[:MOST_SHOWN]]
-            more = len(value) - len(shown)
-            return ", ".join([*shown, f"and {more} more"] if more else shown) or "-"
-        case list() | tuple() if any(isinstance(one, str) and " " in one for one in value):
-            return "\n".join(_readable(" ".join(one.split())) for one in value)  # texts: one a line
-        case list() | tuple():
-            return ", ".join(map(_readable, value)) or "-"
-    # a store may be anyone's, and a terminal obeys control characters
-    return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in str(value))
+    typer.echo(json_of(result) if as_json else "\n".join(lines_of(result)))
 
 
 if __name__ == "__main__":

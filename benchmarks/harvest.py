@@ -1,18 +1,23 @@
 """Harvesting against the bare Hugging Face model, TransformerLens' hooks and SAELens' runner, in one run.
 
 python -P benchmarks/harvest.py [--tokens 16384] [--rounds 5] [--threads 1] [--model pythia-70m-shape,smollm2]
+                                [--context-length 128] [--precision float32] [--profile] [--processor-time]
                                 [--saelens-python PATH]
 
 Every way reads the same batches of the same text in the same precision on the same number of threads, and runs the
 layers up to the hook and no language-model head. tcsae also picks the rows out, casts them to float16, checks them,
 computes their CRC-32C, writes and syncs them; the other ways throw the activations away. The ways take turns, and the
-medians of the rounds are printed, with the ratio to the bare model.
+medians of the rounds are printed, with the ratio to the bare model. ``--profile`` prints the operators in which one
+more of our harvests, which is not among the rounds, spends its time. ``--processor-time``, for a machine that has other
+work too, counts the seconds that the process has on processors; what fsync waits for is not in them.
 
 With ``--saelens-python``, a Python with sae-lens in it (whose transformer_lens is older than ours), instead: SAELens'
 runner that caches activations, in a process of its own, and whole harvests of ours take turns on the Pythia-70m shape.
-Both go from token ids to a finished folder of float32 activations, with one batch size; loading the model is not timed.
-What helps SAELens is taken: its contexts are all full, the BOS of each, which it stores, counts as a token, and nothing
-is shuffled at the end. Its runner takes one hook, so that several cost it a run each.
+Both go from token ids to a finished folder of float32 activations, with one batch size, that of our harvests: the
+runner has no default for it. Loading the model is not timed. What helps SAELens is taken: its contexts are all full,
+the BOS of each, which it stores, counts as a token, its buffer is as large as what is asked for (by default it has 2 GB
+and is filled whatever is asked for), and nothing is shuffled at the end. Its runner takes one hook, so that several
+cost it a run each.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +48,7 @@ from tcsae.harvest.plan import Plan, make_plan
 from tcsae.harvest.quiet import quiet
 from tcsae.harvest.run import _compute_here
 from tcsae.store import StoreWriter
+from tcsae.store.spec import Precision
 from tcsae.tests.fixtures import save_neox
 
 SHAPE = "pythia-70m-shape"
@@ -57,11 +63,23 @@ PEER_HOOKS = {
 """SAELens' two kinds of model, and what each calls the hooks"""
 
 
-def timed(work: Callable[[], object]) -> float:
+Clock = Callable[[], float]
+
+
+class Sizes(NamedTuple):
+    """How much is measured, and by which clock."""
+
+    tokens: int
+    rounds: int
+    context_length: int
+    clock: Clock
+
+
+def timed(work: Callable[[], object], clock: Clock) -> float:
     """Seconds of one call."""
-    began = time.perf_counter()
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def batches(config: HarvestConfig, plan: Plan, model: LanguageModel) -> list[torch.Tensor]:
@@ -82,8 +100,10 @@ def batches(config: HarvestConfig, plan: Plan, model: LanguageModel) -> list[tor
 
 
 @torch.no_grad()
-def compare(name: str, folder: Path, tokens: int, rounds: int, context_length: int) -> None:
+def compare(name: str, folder: Path, sizes: Sizes, precision: Precision, *, profiled: bool) -> None:
     """Measure one model and print its table."""
+    tokens, rounds, context_length, clock = sizes
+    dtype = getattr(torch, precision)
     where = str(save_neox(folder / "model", n_layers=6, d_model=512, n_heads=8)) if name == SHAPE else name
     layer = LAYERS[name]
     hook = f"blocks.{layer}.hook_resid_post"
@@ -94,14 +114,15 @@ def compare(name: str, folder: Path, tokens: int, rounds: int, context_length: i
         hooks=(hook,),
         max_tokens=tokens,
         context_length=context_length,
+        precision=precision,
     )
     with quiet():
         from transformer_lens.model_bridge import TransformerBridge
 
-        model = load_model(where)
+        model = load_model(where, precision=precision)
         files = locate(where).folder
-        bare = AutoModel.from_pretrained(files, num_hidden_layers=layer + 1, dtype=torch.float32).eval()
-        bridge = TransformerBridge.boot_transformers(str(files), device="cpu", dtype=torch.float32)
+        bare = AutoModel.from_pretrained(files, num_hidden_layers=layer + 1, dtype=dtype).eval()
+        bridge = TransformerBridge.boot_transformers(str(files), device="cpu", dtype=dtype)
     plan = make_plan(config, model)
     all_ids = batches(config, plan, model)
 
@@ -133,13 +154,13 @@ def compare(name: str, folder: Path, tokens: int, rounds: int, context_length: i
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, work in ways.items():
-            seconds[way].append(timed(work))
+            seconds[way].append(timed(work, clock))
     n_rows = plan.layout.n_rows
     base = seconds["bare Hugging Face body"]
     padded = sum(ids.numel() for ids in all_ids)
     print(
-        f"\n{name}, {hook}, d_model {model.d_model}, context {context_length}, float32, "
-        f"{torch.get_num_threads()} threads, {n_rows:,} rows ({padded / n_rows - 1:.1%} BOS and padding)"
+        f"\n{name}, {hook}, d_model {model.d_model}, context {context_length}, {precision}, "
+        f"{torch.get_num_threads()} threads{_by(clock)}, {n_rows:,} rows ({padded / n_rows - 1:.1%} BOS and padding)"
     )
     for way, values in seconds.items():
         rate = n_rows / statistics.median(values)
@@ -147,6 +168,23 @@ def compare(name: str, folder: Path, tokens: int, rounds: int, context_length: i
         ratio = statistics.median(b / v for b, v in zip(base, values, strict=True))
         spread = f"{n_rows / max(values):8,.0f} to {n_rows / min(values):8,.0f}"
         print(f"  {way:<34} {rate:9,.0f} tokens/s   ({spread})   x {ratio:6.3f}")
+    if profiled:
+        print_profile(harvested)
+
+
+def _by(clock: Clock) -> str:
+    return " (processor time)" if clock is time.process_time else ""
+
+
+def print_profile(harvested: Callable[[], object]) -> None:
+    """Where the time of a harvest goes, by operator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        harvested()
+    found = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in found)
+    print("\n  operator (time of its own)             share     calls")
+    for event in found[:12]:
+        print(f"  {event.key:<36} {event.self_cpu_time_total / whole:7.1%} {event.count:9,}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +198,9 @@ class Took:
 class SaelensRunner:
     """The peer's process, with its models loaded. RuntimeError says why where it does not start or stops."""
 
-    def __init__(self, python: str, folder: Path, ids: npt.NDArray[np.int64], context: int) -> None:
+    def __init__(
+        self, python: str, folder: Path, ids: npt.NDArray[np.int64], sizes: Sizes, precision: Precision
+    ) -> None:
         home = folder / "peer"
         save_neox(home / "EleutherAI" / "pythia-70m", n_layers=6, d_model=512, n_heads=8)
         np.save(home / "tokens.npy", ids)
@@ -168,8 +208,10 @@ class SaelensRunner:
             "home": str(home),
             "tokens": str(home / "tokens.npy"),
             "hooks": PEER_HOOKS,
-            "batch_size": BATCH_TOKENS // context,
+            "batch_size": BATCH_TOKENS // sizes.context_length,
             "threads": torch.get_num_threads(),
+            "precision": precision,
+            "clock": sizes.clock.__name__,
             "scratch": str(folder / "peer-activations"),
         }
         self._errors = (folder / "peer.err").open("w+")
@@ -226,12 +268,14 @@ def long_documents(folder: Path, tokens: int) -> Path:
 
 
 @torch.no_grad()
-def compare_with_saelens(python: str, folder: Path, tokens: int, rounds: int, context: int) -> None:
+def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Precision) -> None:
     """Whole harvests of ours against SAELens' runner, of one hook and of four."""
+    tokens, rounds, context, clock = sizes
     hooks = tuple(PEER_HOOKS["HookedTransformer"])
     last = hooks[-1]
     with quiet():
-        model = load_model(str(save_neox(folder / "model", n_layers=6, d_model=512, n_heads=8)))
+        files = save_neox(folder / "model", n_layers=6, d_model=512, n_heads=8)
+        model = load_model(str(files), precision=precision)
         config = HarvestConfig(
             store=folder / "store.zarr",
             model=model.name,
@@ -239,12 +283,13 @@ def compare_with_saelens(python: str, folder: Path, tokens: int, rounds: int, co
             hooks=hooks,
             context_length=context,
             dtype="float32",
+            precision=precision,
         )
         plan = make_plan(config, model)
     batch = BATCH_TOKENS // context
     n_sequences = plan.layout.n_rows // (context - 1) // batch * batch
     text = np.asarray(plan.layout.tokens[: n_sequences * (context - 1)]).reshape(n_sequences, -1)
-    peer = SaelensRunner(python, folder, np.insert(text, 0, model.bos_token_id, axis=1), context)
+    peer = SaelensRunner(python, folder, np.insert(text, 0, model.bos_token_id, axis=1), sizes, precision)
 
     def theirs(kind: str, hooks: Sequence[str]) -> Took:
         runs = [peer.run(kind, hook) for hook in hooks]
@@ -256,9 +301,9 @@ def compare_with_saelens(python: str, folder: Path, tokens: int, rounds: int, co
         inside = [0.0]
 
         def residuals(*args: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
             found = LanguageModel.residuals(model, *args)
-            inside[0] += time.perf_counter() - began
+            inside[0] += clock() - began
             return found
 
         def whole() -> None:
@@ -268,7 +313,7 @@ def compare_with_saelens(python: str, folder: Path, tokens: int, rounds: int, co
 
         # timed from outside: the time inside the model is told apart without a clock in harvest's own loop
         model.residuals = residuals  # type: ignore[method-assign]
-        return Took(seconds=timed(whole), model=inside[0])
+        return Took(seconds=timed(whole, clock), model=inside[0])
 
     hooked, causal = PEER_HOOKS
     n_theirs, n_ours = n_sequences * context, plan.layout.n_rows
@@ -287,10 +332,8 @@ def compare_with_saelens(python: str, folder: Path, tokens: int, rounds: int, co
             taken[way].append(work())
     peer.stop()
     versions = ", ".join(f"{name} {version}" for name, version in peer.versions.items())
-    print(
-        f"\n{SHAPE}, {last}, float32 throughout, context {context}, {torch.get_num_threads()} threads, ",
-        end="",
-    )
+    threads = f"{torch.get_num_threads()} threads{_by(clock)}"
+    print(f"\n{SHAPE}, {last}, {precision} model, float32 stored, context {context}, {threads}, ", end="")
     print(f"{n_theirs:,} tokens of SAELens ({versions}), {n_ours:,} of ours")
     rates = {way: [n / one.seconds for one in taken[way]] for way, (n, _) in ways.items()}
     for at, (way, (n, _)) in enumerate(ways.items()):
@@ -312,21 +355,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--context-length", type=int, default=128)
+    parser.add_argument("--precision", default="float32", choices=get_args(Precision))
+    parser.add_argument("--processor-time", action="store_true", help="count seconds on processors only")
+    parser.add_argument("--profile", action="store_true", help="where our time goes, by operator")
     parser.add_argument("--model", default=",".join(LAYERS), help=f"some of {', '.join(LAYERS)}")
     parser.add_argument("--saelens-python", help="a Python in which sae-lens is installed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sizes = (options.tokens, options.rounds, options.context_length)
+    clock = time.process_time if options.processor_time else time.perf_counter
+    sizes = Sizes(options.tokens, options.rounds, options.context_length, clock)
     if options.saelens_python is not None:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                compare_with_saelens(options.saelens_python, Path(folder), *sizes)
+                compare_with_saelens(options.saelens_python, Path(folder), sizes, options.precision)
             except RuntimeError as error:
                 print(f"SAELens: n/a, {options.saelens_python}: {error}")
         return
     for name in options.model.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            compare(name, Path(folder), *sizes)
+            compare(name, Path(folder), sizes, options.precision, profiled=options.profile)
     print("\nSAELens: n/a, no --saelens-python was given")
 
 

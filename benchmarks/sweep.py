@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from tcsae.evaluate.autocorrelation import SKIPPED_POSITIONS, Codes
 from tcsae.evaluate.heldout import HeldOut
-from tcsae.evaluate.information import excess, information, information_sums, thirds_of
+from tcsae.evaluate.temporal import PRIMARY_METRIC
+from tcsae.evaluate.temporal_features import figures
+from tcsae.evaluate.temporal_pass import SAEEncoder, temporal_sums
 from tcsae.store import ActivationStore
 from tcsae.train import ArmConfig, Run, TrainConfig, load_sae, train
 from tcsae.train.sae.inference import SAE
@@ -121,28 +122,21 @@ def score(sae: SAE, held_out: HeldOut) -> Score:
         total += float((x - centre).double().square().sum())
         n, active = n + len(x), active + float((f > 0).sum())
         fired |= (f > 0).any(dim=0)
-    thirds = thirds_of(_codes(sae, held_out), sae.d_sae)
-    sums = information_sums(_codes(sae, held_out), thirds, 2, sae.d_sae, lags=(LAG,))
-    nmi = information(sums, np.ones(2), slice(None))
-    beyond, (observed, permuted, matched) = excess(nmi)[0], nmi[:, 0]
+    sums = temporal_sums(SAEEncoder(sae), held_out, seed=0, lags=(LAG,))
+    found = {one.metric.name: one.values[0] for one in figures(sums)}
+    beyond = found[PRIMARY_METRIC]
+    shared, position = found["information"] - found["permuted_information"], found["matched_information"]
     live = fired.numpy() & np.isfinite(beyond)
     in_h = live & (np.arange(sae.d_sae) < sae.block_size)
     return Score(
         error / total,
         active / n,
         1 - float(fired[: sae.block_size].float().mean()),
-        float((observed - permuted)[in_h].mean()),
-        float(matched[in_h].mean()),
+        float(shared[in_h].mean()),
+        float(position[in_h].mean()),
         float(beyond[in_h].mean()),
         float(beyond[live].mean()),
     )
-
-
-def _codes(sae: SAE, held_out: HeldOut) -> Iterator[Codes]:
-    units = held_out.units(2)
-    for block in held_out.blocks():
-        counted = block.kept & (block.position >= SKIPPED_POSITIONS)
-        yield Codes(sae.encode(block.x), counted, block.context, units[block.document])
 
 
 def report(

@@ -1,7 +1,7 @@
 """Training steps of our arms against the machine's own limits and the peers' training steps, in one run.
 
 python -P benchmarks/train.py [--features 4096] [--d-model 512] [--batch 4096] [--threads 2] [--peers-python PATH]
-                              [--rounds 7] [--large-rows 10000000] [--quick]
+                              [--rounds 7] [--large-rows 10000000] [--parts steps,arms,growth,memory]
 
 In each round every contestant takes one step, one after the other; medians over the rounds are printed, ratios are
 medians of the rounds' own ratios, since what else the machine does changes from round to round. Our steps are whole:
@@ -37,7 +37,9 @@ from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_
 from tcsae.store.writer import documents_table
 from tcsae.train import ArmConfig, TrainConfig
 from tcsae.train.config import Precision
-from tcsae.train.precision import linear_for
+from tcsae.train.precision import dtype_for, linear_for
+from tcsae.train.ring import PIECE
+from tcsae.train.temporal import LANES
 from tcsae.train.training import Training
 
 HOOK = "blocks.0.hook_resid_post"
@@ -215,8 +217,8 @@ def peers(python: str | None, options: argparse.Namespace, folder: Path) -> Iter
         process.wait()
 
 
-def steps(store: ActivationStore, options: argparse.Namespace, folder: Path) -> list[float]:
-    """Print the table of steps; the seconds of our BatchTopK's."""
+def steps(store: ActivationStore, options: argparse.Namespace, folder: Path) -> None:
+    """Print the table of steps."""
     batch = options.batch
     precisions: list[Precision] = ["float32"]
     if linear_for("auto", CPU) is not linear_for("float32", CPU):
@@ -251,14 +253,70 @@ def steps(store: ActivationStore, options: argparse.Namespace, folder: Path) -> 
                 )
             share = ratio(taken["loading the data of a step"], base)
             print(f"  loading is {share:.1%} of a BatchTopK step (bar: 2 %)")
-    return base
+            profile(ours, base, taken, precision, options.rounds)
+
+
+def profile(
+    ours: Mapping[str, Training],
+    base: list[float],
+    taken: Mapping[str, list[float]],
+    precision: Precision,
+    rounds: int,
+) -> None:
+    """Print what the contrast's products cost alone, in the pieces of the step, beside the whole term."""
+    dtype = dtype_for(precision, CPU)
+    for name, run in ours.items():
+        (arm,) = run.arms
+        if arm.config.alpha == 0:
+            continue
+        batch = run.loader.next()
+        (pairs,) = run._pairs(batch, run.done).values()
+        n_queries = len(np.union1d(pairs.anchor, pairs.positive))
+        width = -(-arm.sae.block_size // LANES) * LANES
+        n_keys, d_model = run.ring.activations.shape
+        x, W = torch.randn(PIECE, d_model, dtype=dtype), torch.randn(width, d_model, dtype=dtype)
+        code, query = torch.empty(PIECE, width, dtype=dtype), torch.rand(n_queries, width, dtype=dtype)
+        bias, logits = torch.zeros(width, dtype=dtype), torch.zeros(n_queries, PIECE, dtype=dtype)
+        slope = torch.empty_like(query)
+        pieces = range(n_keys // PIECE)
+
+        def all_pieces(work: Callable[[], object], pieces: range = pieces) -> Case:
+            return lambda: seconds_of(lambda: [work() for _ in pieces])
+
+        parts = {
+            "codes of the ring": (
+                2 * n_keys * d_model * width,
+                all_pieces(lambda x=x, W=W, b=bias, out=code: torch.addmm(b, x, W.T, out=out)),
+            ),
+            "logits": (
+                2 * n_queries * n_keys * width,
+                all_pieces(lambda q=query, k=code, out=logits: torch.mm(q, k.T, out=out)),
+            ),
+            "their gradient": (
+                2 * n_queries * n_keys * width,
+                all_pieces(lambda p=logits, k=code, out=slope: torch.mm(p, k, out=out)),
+            ),
+            "exponentials": (0, all_pieces(lambda p=logits: p.zero_().exp_())),
+        }
+        found = alternate({part: case for part, (_, case) in parts.items()}, rounds)
+        term = statistics.median(a - b for a, b in zip(taken[name], base, strict=True))
+        print(
+            f"  {name}: {n_queries} tokens in pairs, block H {width}; beyond a BatchTopK step {1e3 * term:.0f} ms"
+        )
+        for part, values in found.items():
+            middle = statistics.median(values)
+            rate = f", {parts[part][0] / middle / 1e9:,.0f} GFLOP/s" if parts[part][0] else ""
+            print(f"    {part:<30}{1e3 * middle:9.1f} ms{rate}")
+        products = sum(statistics.median(found[part]) for part, (flop, _) in parts.items() if flop)
+        base_time = statistics.median(base)
+        print(f"    with its products alone the step would be {1 + products / base_time:.2f} of BatchTopK's")
 
 
 def side_by_side(store: ActivationStore, options: argparse.Namespace) -> None:
     """Several arms in one pass against each alone."""
     some = list(arms(options).values())[:3]
-    runs = {arm.name: stepping(training(store, options.batch, arm)) for arm in some}
-    runs["all in one pass"] = stepping(training(store, options.batch, *some))
+    runs = {arm.name: stepping(training(store, options.batch, arm, precision="auto")) for arm in some}
+    runs["all in one pass"] = stepping(training(store, options.batch, *some, precision="auto"))
     taken = alternate(runs, max(2, options.rounds // 2))
     together = taken.pop("all in one pass")
     alone = [sum(values) for values in zip(*taken.values(), strict=True)]
@@ -268,9 +326,11 @@ def side_by_side(store: ActivationStore, options: argparse.Namespace) -> None:
     )
 
 
-def growing(folder: Path, options: argparse.Namespace, step: float) -> None:
+def growing(store: ActivationStore, folder: Path, options: argparse.Namespace) -> None:
     """What loading costs where the store is larger: 8 numbers a row, the index as long as any store's."""
     sizes = (1_000_000, options.large_rows)
+    step = stepping(training(store, options.batch, arms(options)["BatchTopK"], precision="auto", ring=False))
+    base = statistics.median(alternate({"": step}, options.rounds)[""])
     runs = {}
     for n in sizes:
         store = make_store(folder / f"{n}.zarr", n, 8)
@@ -281,7 +341,7 @@ def growing(folder: Path, options: argparse.Namespace, step: float) -> None:
     more = statistics.median(b - a for a, b in zip(small, large, strict=True))
     found = ", ".join(f"{1e3 * statistics.median(v):.2f} ms from {n} rows" for n, v in taken.items())
     print(
-        f"\nloading a step's data, 8 numbers a row: {found}; the difference is {more / step:+.1%} of a BatchTopK "
+        f"\nloading a step's data, 8 numbers a row: {found}; the difference is {more / base:+.1%} of a BatchTopK "
         "step (bar: 5 %)"
     )
 
@@ -308,7 +368,10 @@ def memory_of(path: Path, n: int, options: argparse.Namespace) -> None:
     """Print this process's largest resident memory in bytes after some steps of ``n`` arms."""
     plain = arms(options)["BatchTopK"]
     run = training(
-        ActivationStore.open(path), options.batch, *(replace(plain, name=f"a{i}") for i in range(n))
+        ActivationStore.open(path),
+        options.batch,
+        *(replace(plain, name=f"a{i}") for i in range(n)),
+        precision="auto",
     )
     for _ in range(3):
         run.step(detailed=False)
@@ -328,7 +391,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--large-rows", type=int, default=10_000_000)
     parser.add_argument("--peers-python", help="a Python with sae-lens, eai-sparsify and dictionary-learning")
-    parser.add_argument("--quick", action="store_true", help="two rounds of steps, nothing else")
+    parser.add_argument("--parts", default="steps,arms,growth,memory", help="what to measure, with commas")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -337,15 +400,17 @@ def main() -> None:
     if options.memory_of:
         memory_of(options.store, options.memory_of, options)
         return
-    if options.quick:
-        options.rounds = 2
+    parts = options.parts.split(",")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = make_store(folder / "store.zarr", 40 * options.batch, options.d_model)
-        base = steps(store, options, folder)
-        if not options.quick:
+        if "steps" in parts:
+            steps(store, options, folder)
+        if "arms" in parts:
             side_by_side(store, options)
-            growing(folder, options, statistics.median(base))
+        if "growth" in parts:
+            growing(store, folder, options)
+        if "memory" in parts:
             memory(folder / "store.zarr", options)
 
 

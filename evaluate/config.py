@@ -16,6 +16,8 @@ DEFAULT_SUITES: tuple[Suite, ...] = ("core", "temporal")
 
 REFERENCES = ("identity", "pca", "random", "untrained")
 """Kinds of references; pca is followed by a colon and its number of components."""
+TemporalReference = Literal["raw", "random", "averaged"]
+TEMPORAL_REFERENCES: tuple[TemporalReference, ...] = get_args(TemporalReference)
 
 EvaluatedSplit = Literal["train", "test", "all"]
 
@@ -53,12 +55,22 @@ class EvaluateConfig:
     domain_tokens: int = 2048
     """tokens that the unlearning suite scores on, inside each forget domain and as many outside it (whole
     contexts, the documents taking turns); every setting replays them"""
+    questions_forget: Path | None = None
+    """JSON lines of multiple-choice questions about what is forgotten, for the unlearning suite"""
+    questions_retain: Path | None = None
+    """the same about anything else"""
     device: str = "auto"
     """torch device, or "auto" for CUDA where there is one"""
     n_bootstrap: int = 2000
     """resamples of the documents behind every interval"""
     seed: int = 0
     """of the contexts' draw and of the resamples"""
+    temporal_references: tuple[TemporalReference, ...] = ()
+    """rows to hold the temporal suite's figures against, see `tcsae.evaluate.temporal_references`"""
+    workers: int = 1
+    """Dask processes on this machine for the temporal suite's pass; 1: this process alone"""
+    scheduler: str | None = None
+    """address of a running Dask scheduler whose workers see the same files; takes precedence over ``workers``"""
 
     def __post_init__(self) -> None:
         if not self.saes:
@@ -68,6 +80,13 @@ class EvaluateConfig:
         for suite in self.suites:
             if suite not in SUITES:
                 raise UnknownName.among("suite", suite, SUITES)
+        if (self.questions_forget is None) != (self.questions_retain is None):
+            raise ConfigError("questions_forget, questions_retain: expected both files or none, got one")
+        if self.questions_forget is not None and len(self.forget) != 1:
+            raise ConfigError(
+                f"forget: with questions, expected the one topic that they are about, got {len(self.forget)}; "
+                "its documents select the features"
+            )
         for reference in self.references:
             parse_reference(reference)
         if self.store is None and self.tokens is None:
@@ -79,9 +98,22 @@ class EvaluateConfig:
             raise ConfigError(f"tokens: rows of tokens are for --suite core alone, got {others} as well")
         if self.store is None and self.model is None:
             raise ConfigError("model: expected --model beside --tokens, since no store names the model")
+        if self.temporal_references and "temporal" not in self.suites:
+            raise ConfigError(
+                "temporal_references: expected suite temporal beside them, got " + ", ".join(self.suites)
+            )
+        for reference in self.temporal_references:
+            if reference not in TEMPORAL_REFERENCES:
+                raise UnknownName.among("temporal reference", reference, TEMPORAL_REFERENCES)
         if self.split not in get_args(EvaluatedSplit):
             raise UnknownName.among("split", self.split, get_args(EvaluatedSplit))
-        for name, least in (("max_tokens", 1), ("domain_tokens", 1), ("batch_size", 1), ("n_bootstrap", 100)):
+        for name, least in (
+            ("max_tokens", 1),
+            ("domain_tokens", 1),
+            ("batch_size", 1),
+            ("n_bootstrap", 100),
+            ("workers", 1),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if self.seed < 0:

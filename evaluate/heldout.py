@@ -86,7 +86,7 @@ class HeldOut:
         self._special = np.array(store.provenance.special_token_ids, dtype=np.int64)
         index_of = np.full(store.n_documents, -1, dtype=np.int64)
         index_of[self.documents] = np.arange(len(self.documents))
-        self._document_of_context: Indices = index_of[store.document_of_context[self.contexts]]
+        self.document_of_context: Indices = index_of[store.document_of_context[self.contexts]]
         self.start: Indices = store.context_offsets[self.contexts]
         self.length: Indices = store.context_offsets[self.contexts + 1] - self.start
 
@@ -112,7 +112,7 @@ class HeldOut:
         """The same documents with those of their contexts alone that are among ``contexts``, in order."""
         part = copy.copy(self)
         chosen = np.isin(self.contexts, contexts)
-        part.contexts, part._document_of_context = self.contexts[chosen], self._document_of_context[chosen]
+        part.contexts, part.document_of_context = self.contexts[chosen], self.document_of_context[chosen]
         part.start, part.length = self.start[chosen], self.length[chosen]
         return part
 
@@ -123,14 +123,15 @@ class HeldOut:
         while first < len(self.contexts):
             done = int(ends[first - 1]) if first else 0
             last = max(first + 1, int(np.searchsorted(ends, done + rows, side="right")))
-            yield self._block(range(first, last))
+            yield self.block(np.arange(first, last))
             first = last
 
-    def _block(self, contexts: range) -> Block:
+    def block(self, contexts: Indices) -> Block:
+        """Every stored token of some contexts, which are numbered within the split, in the order given."""
         spans = [(int(self.start[c]), int(self.start[c] + self.length[c])) for c in contexts]
         x = torch.cat([self.store.rows(a, b, self.hook) for a, b in spans]).to(torch.float32)
         tokens = np.concatenate([self.store.tokens[a:b] for a, b in spans])
-        lengths = self.length[contexts.start : contexts.stop]
+        lengths = self.length[contexts]
         real = torch.from_numpy(~np.isin(tokens, self._special))
         outlier = torch.linalg.vector_norm(x, dim=-1) > self.outlier_norm
         return Block(
@@ -138,10 +139,8 @@ class HeldOut:
             kept=real & ~outlier,
             n_outliers=int((real & outlier).sum()),
             position=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
-            context=torch.from_numpy(np.repeat(self.contexts[contexts.start : contexts.stop], lengths)),
-            document=torch.from_numpy(
-                np.repeat(self._document_of_context[contexts.start : contexts.stop], lengths)
-            ),
+            context=torch.from_numpy(np.repeat(self.contexts[contexts], lengths)),
+            document=torch.from_numpy(np.repeat(self.document_of_context[contexts], lengths)),
         )
 
     def batches(self, max_tokens: int, batch_size: int, seed: int) -> list[Batch]:
@@ -154,7 +153,7 @@ class HeldOut:
         order = np.random.default_rng(seed).permutation(len(self.contexts))
         n_drawn = max(1, int(np.searchsorted(np.cumsum(self.length[order]), max_tokens, side="right")))
         drawn = np.sort(order[:n_drawn])
-        _, document = np.unique(self._document_of_context[drawn], return_inverse=True)
+        _, document = np.unique(self.document_of_context[drawn], return_inverse=True)
         by_length = np.argsort(self.length[drawn], kind="stable")[::-1]
         parts = [by_length[at : at + batch_size] for at in range(0, n_drawn, batch_size)]
         return [self._batch(drawn[part], document[part]) for part in parts]
@@ -162,7 +161,7 @@ class HeldOut:
     def batch_of(self, contexts: Indices) -> Batch:
         """The contexts with these numbers in the store as one batch, in this order; all must be here."""
         at = np.searchsorted(self.contexts, contexts)
-        return self._batch(at, self._document_of_context[at])
+        return self._batch(at, self.document_of_context[at])
 
     def _batch(self, contexts: Indices, document: Indices) -> Batch:
         bos = self.store.provenance.bos_token_id

@@ -97,7 +97,7 @@ def draw_final(bars: Mapping[str, Sequence[Bar]], arms: Sequence[str], path: Pat
     from matplotlib.patches import Patch
 
     numbered = sum(map(len, arms)) > MOST_LABEL
-    with one_column(46) as figure:
+    with one_column(46.0) as figure:
         for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
             _draw(axes, panel, bars[panel.metric], arms, numbered=numbered)
         labels = [f"{at + 1}  {arm}" for at, arm in enumerate(arms)] if numbered else []

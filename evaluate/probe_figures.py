@@ -126,6 +126,7 @@ def fit(
                     # SAEBench trains its dense probe by another method; standardised, L-BFGS converges
                     scale if size is None else np.ones_like(scale),
                     every if size is None else order[one][:size],
+                    "lbfgs" if size is None else "newton-cholesky",
                 )
                 for one in range(len(task.classes))
             ]

@@ -26,8 +26,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Int64
 
-from tcsae.evaluate.autocorrelation import SKIPPED_POSITIONS
 from tcsae.evaluate.heldout import HeldOut, Indices
+from tcsae.evaluate.temporal_codes import SKIPPED_POSITIONS
 
 ContextTask = Literal["topic", "source"]
 TokenTask = Literal["position", "token", "previous_token"]

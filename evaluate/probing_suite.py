@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from tcsae.evaluate import probe_samples as samples
-from tcsae.evaluate.autocorrelation import SKIPPED_POSITIONS
 from tcsae.evaluate.bench import Bench, Measured
 from tcsae.evaluate.config import EvaluateConfig, Suite
 from tcsae.evaluate.estimates import Draws, Estimate, SuiteResult
@@ -47,6 +46,7 @@ from tcsae.evaluate.probe_samples import CONTEXT_TASKS, NoTask, Task
 from tcsae.evaluate.probing import MAX_ITERATIONS, Predicted
 from tcsae.evaluate.subjects import Subject
 from tcsae.evaluate.temporal import parts_of
+from tcsae.evaluate.temporal_codes import SKIPPED_POSITIONS
 from tcsae.store.errors import ConfigError
 from tcsae.store.progress import progress
 from tcsae.train.sae.inference import SAE

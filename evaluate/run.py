@@ -21,6 +21,8 @@ from tcsae.evaluate.core import outliers_left_out
 from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_result, write_result
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.plots import final_metrics
+from tcsae.evaluate.probe_figures import SIZES, probe_name
+from tcsae.evaluate.probe_samples import CONTEXT_TASKS, TOKEN_TASKS
 from tcsae.evaluate.references import Material, reference_sample, references
 from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import (
@@ -33,9 +35,14 @@ from tcsae.evaluate.subjects import (
 )
 from tcsae.evaluate.suites import SUITES_IN_ORDER
 from tcsae.evaluate.summary import Comparison, Evaluation, Row, replayed_documents, write_summary
-from tcsae.evaluate.temporal import compare_with_control, metric_name, parts_of
+from tcsae.evaluate.temporal import PRIMARY_METRIC, Part, compare_with_control, metric_name, parts_of
+from tcsae.evaluate.temporal_references import reference_rows
 from tcsae.evaluate.token_rows import TokenRows, read_token_rows
+from tcsae.evaluate.truth_oracle import oracle_table
+from tcsae.evaluate.truth_ranking import Ranking, rank, write_ranking
+from tcsae.evaluate.unlearning_plot import read_unlearning_rows, unlearning_figure
 from tcsae.harvest.model import LanguageModel
+from tcsae.harvest.synthetic import truth_of_store
 from tcsae.store.atomic import exclusive, partial_file
 from tcsae.store.device import choose_device
 from tcsae.store.errors import Interrupted, RunBusy
@@ -44,8 +51,16 @@ from tcsae.store.reader import ActivationStore
 COMPARED_LAG = 8
 """Lag, in tokens, at which an SAE is compared with its control."""
 
+COMPARED_METRICS = ("autocorrelation", PRIMARY_METRIC)
+"""Temporal metrics that are compared with the control's, for every part of the dictionary."""
+
 RECONSTRUCTION_METRICS = ("explained_variance", "loss_recovered", "kl_sae")
-"""Compared with the control beside the autocorrelation: what the consistency cost."""
+"""Compared with the control beside them: what the consistency cost."""
+
+COMPARED_PROBES = tuple(
+    probe_name(task, "H", size) for task in (*CONTEXT_TASKS, *TOKEN_TASKS) for size in SIZES
+)
+"""What H tells that the control's H does not, and whether it has taken a short cut."""
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -238,6 +253,10 @@ def _finish(
         control = control_of(one, subjects)
         if control is not None:
             comparisons.append(_compare(one, row_of[one.name], row_of[control.name]))
+    references: list[Row] = []
+    if config.temporal_references:
+        temporal = {name: result for (suite, name), result in results.items() if suite == "temporal"}
+        references = reference_rows(subjects, temporal, bench)
     conditions = {
         "tcsae": version("tcsae"),
         "result_version": RESULT_VERSION,
@@ -271,19 +290,62 @@ def _finish(
         )
         n_outliers = sum(left_out.values())
         final_metrics(rows, figure, caption + (f"; {n_outliers} outlier rows left out" if n_outliers else ""))
-    evaluation = Evaluation(config.out, tuple(rows), tuple(comparisons), conditions, figure)
+    unlearned = config.out / "unlearning.png" if "unlearning" in config.suites else None
+    if unlearned is not None:
+        _draw_unlearning(unlearned, subjects, bench)
+    ranking = _ranked(results, bench) if {"temporal", "truth"} <= set(config.suites) else None
+    evaluation = Evaluation(
+        config.out, (*rows, *references), tuple(comparisons), conditions, figure, ranking, unlearned
+    )
     write_summary(evaluation)
     return evaluation
 
 
+def _ranked(results: dict[tuple[Suite, str], SuiteResult], bench: Bench) -> Ranking:
+    of = {
+        wanted: {sae: found for (suite, sae), found in results.items() if suite == wanted}
+        for wanted in ("temporal", "truth")
+    }
+    source, out = truth_of_store(bench.store), bench.config.out
+    held_out = next(iter(bench.held_out.values()))  # a synthetic store has one hook
+    oracle = oracle_table(held_out, source, out, seed=bench.config.seed)
+    ranking = rank(of["temporal"], of["truth"], source, out, oracle)
+    write_ranking(ranking, bench.config.out)
+    return ranking
+
+
+def _draw_unlearning(path: Path, subjects: Sequence[Subject], bench: Bench) -> None:
+    hooks = ", ".join(dict.fromkeys(one.hook for one in subjects))
+    unlearning_figure(
+        read_unlearning_rows(_paths(bench.config, "unlearning", one)[0] for one in subjects),
+        path,
+        f"{bench.store.provenance.model}, {hooks}; split {bench.config.split}; stairs: the best setting that "
+        "costs no more; dots: all settings",
+    )
+
+
 def _compare(one: Subject, treated: Row, control: Row) -> Comparison:
-    names = [metric_name(part, COMPARED_LAG) for part in parts_of(one.sae)]
+    parts: list[Part] = list(parts_of(one.sae))
+    if one.sae.block_size:
+        parts.append("best")
+    names = [metric_name(part, COMPARED_LAG, metric) for metric in COMPARED_METRICS for part in parts]
     estimates: dict[str, Estimate] = {}
-    for name in (*names, *RECONSTRUCTION_METRICS):
+    for name in (*names, *RECONSTRUCTION_METRICS, *COMPARED_PROBES):
         if name not in treated.estimates:
             continue
         pair = compare_with_control(
             name, treated.draws.get(name), control.draws.get(name), treated.estimates[name].n_documents
         )
         estimates |= {estimate.metric: estimate for estimate in pair}
+    # a block that training made against the one that hindsight finds in the control
+    for metric in COMPARED_METRICS:
+        block, best = (metric_name(part, COMPARED_LAG, metric) for part in ("H", "best"))
+        if block in treated.estimates:
+            pair = compare_with_control(
+                f"{block}_against_best",
+                treated.draws.get(block),
+                control.draws.get(best),
+                treated.estimates[block].n_documents,
+            )
+            estimates |= {estimate.metric: estimate for estimate in pair}
     return Comparison(treated.sae, control.sae, estimates)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tcsae.evaluate.estimates import Draws, Estimate
+from tcsae.evaluate.truth_ranking import Ranking
 from tcsae.store.atomic import write_atomically
 
 SUMMARY_SCHEMA = pa.schema(
@@ -77,6 +78,10 @@ class Evaluation:
     """store, model, split, tokens, documents and settings"""
     figure: Path | None
     """``final_metrics.png``, None if the core suite was not asked for"""
+    ranking: Ranking | None = None
+    """whether temporal metrics order as the truth does; None unless both suites were asked for"""
+    unlearning_figure: Path | None = None
+    """``unlearning.png``, None if the unlearning suite was not asked for"""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, the content of ``summary.json``; without the draws."""

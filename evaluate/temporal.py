@@ -1,172 +1,175 @@
-"""The temporal suite: how long features stay on, from the store alone.
+"""The temporal suite's figures: how long features stay on, averaged over the features of a part of the dictionary.
 
-Each lag's autocorrelation is averaged over the live features of the whole dictionary, of the contrastive
-block H and of the rest L: unweighted, and weighted by energy (sum of f^2). Live features fire on at least
-`MIN_FIRINGS` counted tokens of the sample; the set is that of the sample in every resample.
+Each metric of `tcsae.evaluate.temporal_features` is averaged over the live features of the whole dictionary, of the
+contrastive block H, of the rest L, and of the best block: as many features as H has, those with the best values of
+that metric at that lag. Unweighted, and weighted by energy (sum of f^2). Live features fire on at least `MIN_FIRINGS`
+counted tokens of the sample; which features are live and best is that of the sample in every resample. The best block
+is chosen on the documents that it is measured on, so its figures flatter it: as the baseline's, to hold H against,
+they are conservative.
 
 An absolute autocorrelation proves little (a plain SAE has about 0.4 at lag 1): what counts is the difference
-from a control at equal L0, see `compare_pairs`.
+from a control at equal L0, see `compare_with_control`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
-from tcsae.evaluate.autocorrelation import (
-    LAGS,
-    SKIPPED_POSITIONS,
-    Codes,
-    LagSums,
-    autocorrelation,
-    bytes_per_unit,
-    lag_sums,
-)
 from tcsae.evaluate.estimates import Draws, Estimate, Metric, SuiteResult, estimates_of
-from tcsae.evaluate.heldout import HeldOut
-from tcsae.evaluate.intervals import MAX_UNITS, Array, Bootstrap, interval, resample_counts
+from tcsae.evaluate.intervals import Array, interval, resample_counts
+from tcsae.evaluate.jackknife import linear_bootstrap
+from tcsae.evaluate.temporal_codes import KINDS, SKIPPED_POSITIONS
+from tcsae.evaluate.temporal_features import Figure, energy, feature_table, samples
+from tcsae.evaluate.temporal_sums import PARTS, TemporalSums
 from tcsae.train.sae.inference import SAE
 
-Part = Literal["whole", "H", "L"]
+Part = Literal["whole", "H", "L", "best"]
 Weighting = Literal["", "energy_weighted_"]
+WEIGHTINGS: tuple[Weighting, ...] = ("", "energy_weighted_")
+
+PRIMARY_METRIC = "excess_information"
+"""At lag 8 on the whole dictionary the pre-registered primary endpoint."""
 
 MIN_FIRINGS = 10
 """Counted tokens on which a feature must fire to be live: fewer say nothing about its correlation."""
 
-MAX_BYTES = 512 * 2**20
-"""Bound on the sums of one SAE; documents beyond it are dealt out into groups (see `HeldOut.units`)."""
-
-FEATURES_AT_ONCE = 128
-"""Features resampled together: the working set of 2,000 resamples then is about 30 MB."""
+N_DECILES = 10
 
 
-def metric_name(part: Part, lag: int, weighting: Weighting = "") -> str:
+def metric_name(
+    part: Part, lag: int | None, metric: str = "autocorrelation", weighting: Weighting = ""
+) -> str:
     """Name of a figure.
 
-    >>> metric_name("H", 8)
-    'autocorrelation_H_lag8'
+    >>> metric_name("H", 8), metric_name("best", None, "run_length", "energy_weighted_")
+    ('autocorrelation_H_lag8', 'energy_weighted_run_length_best')
     """
-    return f"{weighting}autocorrelation_{part}_lag{lag}"
+    name = f"{weighting}{metric}_{part}"
+    return name if lag is None else f"{name}_lag{lag}"
 
 
-def temporal_result(sae: SAE, held_out: HeldOut, *, n_bootstrap: int, seed: int, print_: str) -> SuiteResult:
-    """Every figure of the suite for one SAE.
+def parts_of(sae: SAE) -> dict[Part, slice]:
+    """The parts of the dictionary; H and L only where there is a block."""
+    return _spans(sae.d_sae, sae.block_size)
+
+
+def _spans(d_sae: int, block_size: int) -> dict[Part, slice]:
+    whole: dict[Part, slice] = {"whole": slice(0, d_sae)}
+    return {**whole, "H": slice(0, block_size), "L": slice(block_size, d_sae)} if block_size else whole
+
+
+def temporal_figures(
+    sums: TemporalSums,
+    found: Iterable[Figure],
+    *,
+    block_size: int,
+    n_documents: int,
+    n_bootstrap: int,
+    seed: int,
+    print_: str,
+) -> tuple[SuiteResult, pa.Table]:
+    """Averages with intervals over documents, and the table of features.
 
     Parameters
     ----------
-    sae
-        what is measured
-    held_out
-        the documents
+    sums
+        of one SAE, without empty units
+    found
+        its figures, of `figures` or some of them
+    block_size
+        features of block H, 0: none
+    n_documents
+        that the sums rest on
     n_bootstrap, seed
         resamples of the documents; the same for two SAEs makes them comparable in pairs
     print_
         fingerprint that the result carries
     """
-    most = max(2, min(MAX_UNITS, MAX_BYTES // bytes_per_unit(sae.d_sae)))
-    units = held_out.units(most)
-    n_units = int(units.max()) + 1
-    sums = lag_sums(_codes(sae, held_out, most), n_units, sae.d_sae)
-    sums, n_with_tokens = _drop_empty(sums)
-    counts = resample_counts(n_with_tokens, n_bootstrap, seed)
-    parts = parts_of(sae)
-    live = sums.firings >= MIN_FIRINGS
-    members = {part: np.flatnonzero(live[span]) + span.start for part, span in parts.items()}
-    found = aggregate(sums, counts, members)
-    estimates: dict[str, Estimate] = {}
-    draws: dict[str, Draws] = {}
-    n_documents = held_out.n_documents if n_units < held_out.n_documents else n_with_tokens
-    for metrics, boot in found:
-        more, more_draws = estimates_of(metrics, boot, n_documents)
-        estimates |= more
-        draws |= more_draws
-    facts = {
-        "lags": list(LAGS),
+    firings = sums.once("firings").sum(axis=0)
+    is_live = firings >= MIN_FIRINGS
+    spans = _spans(sums.d_sae, block_size)
+    members = {part: np.flatnonzero(is_live[span]) + span.start for part, span in spans.items()}
+    deciles = {
+        part: np.array_split(of[np.argsort(firings[of], kind="stable")], N_DECILES)
+        for part, of in members.items()
+    }
+    weights = energy(sums)
+    metrics: list[Metric] = []
+    columns: list[Array] = []
+    table: dict[str, Array] = {}
+    by_decile: dict[str, list[float | None]] = {}
+    for figure in found:
+        table[figure.column] = figure.values[0]
+        chosen = (
+            members if not block_size else members | {"best": _best(figure, members["whole"], block_size)}
+        )
+        for weighting in WEIGHTINGS:
+            for part, features in chosen.items():
+                name = metric_name(part, figure.lag, figure.metric.name, weighting)
+                metrics.append(
+                    Metric(name, figure.metric.unit, _reason(figure, members.get(part, members["whole"])))
+                )
+                columns.append(_mean(figure.values, weights if weighting else None, features))
+        for part, tenths in deciles.items():
+            means = [_mean(figure.values[:1], None, tenth)[0] for tenth in tenths]
+            name = metric_name(part, figure.lag, figure.metric.name)
+            by_decile[name] = [float(mean) if np.isfinite(mean) else None for mean in means]
+    for part, span in enumerate(PARTS[: len(spans)] if sums.published.any() else ()):
+        above, below = (samples(sums.published[:, part, which]) for which in (0, 1))
+        metrics.append(Metric(f"tsae_smoothness_{span}", "1", "no feature of this part is on in any context"))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns.append(np.where(below > 0, above / below, np.nan))
+    stacked = np.stack(columns, axis=1)
+    counts = resample_counts(sums.n_units, n_bootstrap, seed)
+    boot = linear_bootstrap(stacked[0], stacked[1:], counts)
+    estimates, draws = estimates_of(metrics, boot, n_documents)
+    n = int(sums.n.sum())
+    facts: dict[str, Any] = {
+        "lags": list(sums.lags),
         "skipped_positions": SKIPPED_POSITIONS,
         "min_firings": MIN_FIRINGS,
-        "n_tokens": int(sums.n.sum()),
-        "n_pairs": dict(zip(map(str, LAGS), sums.n_pairs.sum(axis=0).astype(int).tolist(), strict=True)),
-        "n_resampled_units": len(sums.n),
-        "n_live": {part: int(live[span].sum()) for part, span in parts.items()},
-        "n_features": {part: span.stop - span.start for part, span in parts.items()},
+        "n_tokens": n,
+        "n_pairs": {
+            kind: dict(zip(map(str, sums.lags), pairs.tolist(), strict=True))
+            for kind, pairs in zip(KINDS, sums.n_pairs.sum(axis=0), strict=True)
+        },
+        "n_resampled_units": sums.n_units,
+        "l0": float(firings.sum() / n) if n else None,
+        "n_live": {part: len(of) for part, of in members.items()},
+        "n_features": {part: span.stop - span.start for part, span in spans.items()},
+        "density_by_decile": {
+            part: [float(firings[tenth].mean() / n) if len(tenth) else None for tenth in tenths]
+            for part, tenths in deciles.items()
+        },
+        "by_decile": by_decile,
     }
-    return SuiteResult(print_, estimates, draws, facts)
+    return SuiteResult(print_, estimates, draws, facts), feature_table(sums, block_size, table)
 
 
-def parts_of(sae: SAE) -> dict[Part, slice]:
-    """The parts of the dictionary; H and L only where there is a block."""
-    whole: dict[Part, slice] = {"whole": slice(0, sae.d_sae)}
-    if not sae.block_size:
-        return whole
-    return {**whole, "H": slice(0, sae.block_size), "L": slice(sae.block_size, sae.d_sae)}
+def _best(figure: Figure, live: np.ndarray, size: int) -> np.ndarray:
+    """The ``size`` live features with the best values, fewer if fewer are defined."""
+    values = figure.values[0, live]
+    order = np.argsort(-values if figure.metric.is_better_high else values, kind="stable")  # NaN comes last
+    return live[order[: min(size, int(np.isfinite(values).sum()))]]
 
 
-def _codes(sae: SAE, held_out: HeldOut, most_units: int) -> Iterator[Codes]:
-    units = held_out.units(most_units)
-    for block in held_out.blocks():
-        yield Codes(
-            f=sae.encode(block.x.to(sae.device)),
-            counted=block.kept & (block.position >= SKIPPED_POSITIONS),
-            context=block.context,
-            unit=units[block.document],
-        )
+def _mean(values: Array, weights: Array | None, features: np.ndarray) -> Array:
+    """Mean over those of ``features`` for which the figure is defined."""
+    inside = values[:, features]
+    defined = np.isfinite(inside)
+    weight = defined * (1.0 if weights is None else weights[: len(values), features])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((np.where(defined, inside, 0.0) * weight).sum(axis=1) / weight.sum(axis=1))
 
 
-def _drop_empty(sums: LagSums) -> tuple[LagSums, int]:
-    """``sums`` without the units that have no counted token (documents of at most 8 tokens): drawing one of
-    them would only make a resample smaller. They are the same for every SAE."""
-    kept = sums.n > 0
-    return (
-        LagSums(
-            n=sums.n[kept],
-            n_pairs=sums.n_pairs[kept],
-            total=sums.total[kept],
-            square=sums.square[kept],
-            ends=sums.ends[:, kept],
-            product=sums.product[:, kept],
-            shift=sums.shift,
-            firings=sums.firings,
-        ),
-        int(kept.sum()),
-    )
-
-
-def aggregate(
-    sums: LagSums, counts: Array, features: dict[Part, np.ndarray]
-) -> list[tuple[list[Metric], Bootstrap]]:
-    """Mean autocorrelation of each part, plain and energy-weighted, at each lag, with its resamples."""
-    n_units = len(sums.n)
-    weights = np.concatenate([np.ones((1, n_units)), counts, 1 - np.eye(n_units)])
-    n_lags = len(sums.product)
-    results: list[tuple[list[Metric], Bootstrap]] = []
-    totals = {part: np.zeros((2, n_lags, len(weights))) for part in features}
-    norms = {part: np.zeros((2, n_lags, len(weights))) for part in features}
-    for start in range(0, len(sums.shift), FEATURES_AT_ONCE):
-        rho, energy = autocorrelation(sums, weights, slice(start, start + FEATURES_AT_ONCE))
-        defined = np.isfinite(rho)
-        rho = np.where(defined, rho, 0.0)
-        energy_at = np.where(defined, energy, 0.0)
-        for part, members in features.items():
-            inside = members[(members >= start) & (members < start + FEATURES_AT_ONCE)] - start
-            totals[part][0] += rho[..., inside].sum(axis=-1)
-            norms[part][0] += defined[..., inside].sum(axis=-1)
-            totals[part][1] += (rho * energy_at)[..., inside].sum(axis=-1)
-            norms[part][1] += energy_at[..., inside].sum(axis=-1)
-    for part, members in features.items():
-        for which, weighting in enumerate[Weighting](("", "energy_weighted_")):
-            reason = (
-                f"no feature of this part fires on {MIN_FIRINGS} counted tokens"
-                if not len(members)
-                else "no pair of tokens lies this far apart in one context"
-            )
-            metrics = [Metric(metric_name(part, lag, weighting), "1", reason) for lag in LAGS[:n_lags]]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                mean = (totals[part][which] / norms[part][which]).T
-            n_draws = len(counts)
-            results.append((metrics, Bootstrap(mean[0], mean[1 : 1 + n_draws], mean[1 + n_draws :])))
-    return results
+def _reason(figure: Figure, live: np.ndarray) -> str:
+    if not len(live):
+        return f"no feature of this part fires on {MIN_FIRINGS} counted tokens"
+    return figure.metric.undefined
 
 
 def compare_with_control(

@@ -32,6 +32,9 @@ from tcsae.train.sae.inference import SAE
 MAX_BYTES = 256 * 2**20
 """Bound on the pairs' sums of one SAE; documents beyond it are dealt out into groups."""
 
+KEPT_DOCUMENTS = 64
+"""Documents whose true codes are kept: a block holds whole contexts of fewer."""
+
 PAIRS_AT_ONCE = 64
 """Pairs resampled together."""
 
@@ -54,12 +57,12 @@ Advance = Callable[[int], Any]
 
 
 class TrueCodes:
-    """True codes of the rows of blocks, computed document by document as blocks come in order."""
+    """True codes of the rows of blocks; those of the last documents are kept, since blocks may mix some."""
 
     def __init__(self, held_out: HeldOut, source: SyntheticSource) -> None:
         self._held_out = held_out
         self.source = source
-        self._last: tuple[int, csr_matrix] | None = None
+        self._kept: dict[int, csr_matrix] = {}
 
     def of(self, block: Block) -> csr_matrix:
         """True codes of the block's rows, float32 [row, true feature]."""
@@ -75,9 +78,11 @@ class TrueCodes:
         return vstack(parts, format="csr")
 
     def _document(self, number: int) -> csr_matrix:
-        if self._last is None or self._last[0] != number:
-            self._last = number, truth_codes(self._held_out.store, self.source, number)
-        return self._last[1]
+        if number not in self._kept:
+            if len(self._kept) == KEPT_DOCUMENTS:
+                del self._kept[next(iter(self._kept))]
+            self._kept[number] = truth_codes(self._held_out.store, self.source, number)
+        return self._kept[number]
 
 
 def truth_result(

@@ -13,8 +13,15 @@ from tcsae.evaluate.core_suite import check_spliceable
 from tcsae.evaluate.estimates import SuiteResult
 from tcsae.evaluate.intervals import Bootstrap
 from tcsae.evaluate.subjects import Subject
+from tcsae.evaluate.unlearning.choice import ABSOLUTE
 from tcsae.evaluate.unlearning.clamp import MULTIPLES, Setting
 from tcsae.evaluate.unlearning.domains import Sides
+from tcsae.evaluate.unlearning.examination import (
+    N_QUESTION_SETTINGS,
+    Examination,
+    Examined,
+    question_files,
+)
 from tcsae.evaluate.unlearning.parts import Parts
 from tcsae.evaluate.unlearning.score import (
     RETAIN_LIMIT,
@@ -44,6 +51,7 @@ class UnlearningSuite:
         return {
             "forget": list(config.forget),
             "domain_tokens": config.domain_tokens,
+            "questions": [file.sha256 for file in question_files(config) or ()],
             "grid": [THRESHOLDS, NUMBERS, MULTIPLES, RETAIN_LIMIT],
         }
 
@@ -52,6 +60,7 @@ class UnlearningSuite:
         bench.check_model()
         check_spliceable(subjects)
         draw_domains(bench.store, bench.config)
+        question_files(bench.config)
 
     def measure(
         self, subjects: Sequence[Subject], prints: Sequence[str], bench: Bench
@@ -60,7 +69,10 @@ class UnlearningSuite:
         config = bench.config
         sides, drawn = draw_domains(bench.store, config)
         replays: dict[str, TopicReplay] = {}
-        with progress(len(subjects) * len(drawn) * N_SETTINGS, "setting", self.name) as bar:
+        # first of all: whether the model can answer at all is then known before anything long is run
+        examinations = _examinations(subjects, bench)
+        n_settings = len(drawn) * N_SETTINGS + (N_QUESTION_SETTINGS if examinations else 0)
+        with progress(len(subjects) * n_settings, "setting", self.name) as bar:
             for one, print_ in zip(subjects, prints, strict=True):
                 if one.hook not in replays:
                     replays[one.hook] = TopicReplay(
@@ -78,8 +90,25 @@ class UnlearningSuite:
                     else:
                         bar.update(N_SETTINGS)
                     found[topic.domain.name] = kept
-                yield one, _measured(one, print_, bench, sides, drawn, activities, found)
+                examined = None
+                if examinations:
+                    examined = examinations[one.hook].examine(
+                        sae, activities[0], config.n_bootstrap, config.seed, bar.update
+                    )
+                yield one, _measured(one, print_, bench, sides, drawn, activities, found, examined)
                 parts.delete()
+
+
+def _examinations(subjects: Sequence[Subject], bench: Bench) -> dict[str, Examination]:
+    """The questions by hook; empty where there are none."""
+    files = question_files(bench.config)
+    if files is None:
+        return {}
+    saved = bench.config.out / "unlearning" / "questions" / "known.json"
+    return {
+        hook: Examination(bench.language_model, hook, files, saved, bench.config.batch_size)
+        for hook in dict.fromkeys(one.hook for one in subjects)
+    }
 
 
 def _measured(
@@ -90,6 +119,7 @@ def _measured(
     drawn: Sequence[Drawn],
     activities: Sequence[Activity],
     found: dict[str, TopicSums],
+    examined: Examined | None,
 ) -> Measured:
     """Figures, intervals and every setting's row, from the sums."""
     strata = strata_of([sums.is_forget for sums in found.values()])
@@ -109,7 +139,7 @@ def _measured(
         "multiples_of_mean_active": list(MULTIPLES),
         "retain_limit_nats": RETAIN_LIMIT,
     }
-    facts = {
+    facts: dict[str, Any] = {
         "sae": {"name": one.name, "arm": one.arm, "seed": one.seed},
         "documents": sides.rule,
         "retain_limit_nats": RETAIN_LIMIT,
@@ -118,12 +148,39 @@ def _measured(
             for topic, activity in zip(drawn, activities, strict=True)
         ],
     }
+    topics = {name: estimate.value for name, estimate in estimates.items()}
+    if examined is None:
+        return Measured(
+            result=SuiteResult(print_, estimates, draws, facts),
+            kind="tcsae_unlearning",
+            settings=settings,
+            metrics={"topics": topics},
+        )
+    score = examined.estimates["unlearning_questions_score"]
+    no_score = {"unlearning_score": score.reason} if score.value is None else {}
+    facts |= {"questions": examined.facts, "undefined": no_score}
     return Measured(
-        result=SuiteResult(print_, estimates, draws, facts),
-        kind="tcsae_unlearning",
-        settings=settings,
-        metrics={"topics": {name: estimate.value for name, estimate in estimates.items()}},
+        result=SuiteResult(print_, estimates | examined.estimates, draws | examined.draws, facts),
+        kind="unlearning",
+        settings=settings | _saebench_settings(examined, bench),
+        # -1 stands for what is undefined, as SAEBench has it in its core files; ``undefined`` says why
+        metrics={"unlearning": {"unlearning_score": -1.0 if score.value is None else score.value}},
     )
+
+
+def _saebench_settings(examined: Examined, bench: Bench) -> dict[str, Any]:
+    """SAEBench's own fields of ``eval_config``."""
+    sides = [examined.facts[side] for side in ("forget", "retain")]
+    return {
+        "random_seed": bench.config.seed,
+        "dataset_names": [side["file"] for side in sides],
+        "intervention_method": "clamp_feature_activation",
+        "multipliers": list(ABSOLUTE),
+        "target_metric": "correct",
+        "llm_batch_size": bench.config.batch_size,
+        "mcq_batch_size": bench.config.batch_size,
+        "llm_dtype": bench.store.provenance.precision,
+    }
 
 
 def _topic(drawn: Drawn, activity: Activity, sums: TopicSums, rises: Bootstrap) -> dict[str, Any]:

@@ -114,6 +114,16 @@ def _begin_synthetic(config: HarvestConfig) -> HarvestSummary:
 def _resume_synthetic(config: HarvestConfig) -> HarvestSummary:
     stored = Provenance.from_dict(read_root(config.store), str(config.store / ROOT))
     asked = synthetic_provenance(config, parse_synthetic(config.corpus), stored.corpus_sha256)
+    if stored.truth is not None and asked.truth is not None:
+        # named one by one here: the two objects in a line would hide what differs
+        begun, now = stored.truth["parameters"], asked.truth["parameters"]
+        if differing := [
+            f"{k}: begun with {begun.get(k)!r}, now {v!r}" for k, v in now.items() if begun.get(k) != v
+        ]:
+            raise StoreMismatch(
+                f"{config.store}: begun with other parameters: {'; '.join(differing)}; resume with the first ones or "
+                "choose another path"
+            )
     with StoreWriter.resume(config.store, asked) as writer:
         missing = writer.missing()
         if missing:

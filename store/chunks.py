@@ -117,7 +117,10 @@ def read_chunk(
         return _as_rows(map_raw(path, size, checksum=checksum)[0], made)
     body, _ = map_raw(path, None, checksum=checksum)
     try:
-        return codec_of(made, hook).decode(body, made.rows_per_chunk, made.d_model)
+        rows = codec_of(made, hook).decode(body, made.rows_per_chunk, made.d_model)
+        if not is_finite(rows):  # which no writer stores
+            raise ValueError("NaN or infinite values")
+        return rows
     except ValueError as error:
         raise StoreCorrupt(f"{path}: cannot be decoded as {made.codec} ({error}); {MEND}") from error
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from numcodecs.blosc import Blosc
@@ -134,6 +135,8 @@ class Int8:
             torch.from_numpy(part.copy()) for part in np.split(body, np.cumsum(sizes)[:2].tolist())
         )
         out = torch.empty(n_rows, d_model, dtype=dtype)
+        if not bool((scale.view(torch.float32) >= 0).all()):  # NaN included
+            raise ValueError("expected scales of 0 or more")
         scaled = codes.view(torch.int8).view(n_rows, -1).float() * scale.view(torch.float32)[:, None]
         out[:, small] = scaled.to(dtype)
         if self.large:
@@ -181,6 +184,8 @@ class Uniform:
             raise ValueError(f"expected at least {begins} bytes, got {body.size}")
         middle = begins + int(body[:4].view("<u4")[0])
         factor = torch.from_numpy(body[4:begins].copy()).view(torch.float32)
+        if not bool((factor >= 1).all()):  # NaN included
+            raise ValueError("expected factors of 1 or more")
         low, high = (self._plane(body[part], n_rows * d_model) for part in np.s_[begins:middle, middle:])
         zigzag = low.astype(np.int32) | high.astype(np.int32) << 8
         codes = torch.from_numpy((zigzag >> 1) ^ -(zigzag & 1)).view(d_model, n_rows).T.float()
@@ -189,12 +194,11 @@ class Uniform:
 
     @staticmethod
     def _plane(body: Bytes, size: int) -> Bytes:
-        out = np.empty(size, np.uint8)
+        # numcodecs would leave the end of its output as it was where the body holds less
         try:
-            Zstd().decode(body, out)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
-        return out
+            return np.frombuffer(pa.Codec("zstd").decompress(body, size), np.uint8)
+        except OSError as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
 
 def make_codec(name: str, dtype: Dtype, configuration: dict[str, Any]) -> Codec:

@@ -27,6 +27,15 @@ from tcsae.store.spec import (
     offsets_problem,
 )
 
+INDEX_DTYPES: dict[str, np.dtype[Any]] = {
+    TOKENS: np.dtype("<i4"),
+    DOCUMENT_OFFSETS: np.dtype("<i8"),
+    CONTEXT_OFFSETS: np.dtype("<i8"),
+}
+
+DOCUMENTS_AT_ONCE = 2**14
+"""lines of the documents' table that are decoded together"""
+
 
 def read_layout(store: Path, *, check_digests: bool = True) -> Layout:
     """Tokens, offsets and documents of the store at ``store``, finished or not, checked against each other.
@@ -42,9 +51,9 @@ def read_layout(store: Path, *, check_digests: bool = True) -> Layout:
     digests = recorded_digests(attributes, str(store / ROOT)) if check_digests else {}
     for altered in digest_problems(store, digests, (DOCUMENTS_FILE,)):
         raise StoreCorrupt(f"{altered}; copy the store again")
-    tokens = _index(store, TOKENS, "<i4")
-    document_offsets = _index(store, DOCUMENT_OFFSETS, "<i8")
-    context_offsets = _index(store, CONTEXT_OFFSETS, "<i8")
+    tokens = _index(store, TOKENS)
+    document_offsets = _index(store, DOCUMENT_OFFSETS)
+    context_offsets = _index(store, CONTEXT_OFFSETS)
     problem = offsets_problem(document_offsets, context_offsets, len(tokens))
     if problem:
         raise StoreCorrupt(f"{store}: {problem}; copy the store again")
@@ -72,7 +81,7 @@ def digest_problems(store: Path, digests: dict[str, str], names: Iterable[str]) 
             )
 
 
-def _index(store: Path, name: str, dtype: str) -> npt.NDArray[Any]:
+def _index(store: Path, name: str) -> npt.NDArray[Any]:
     header = store / name / ROOT
     refuse_link(store, header)
     try:
@@ -83,18 +92,28 @@ def _index(store: Path, name: str, dtype: str) -> npt.NDArray[Any]:
         raise StoreCorrupt(f"{header}: shape: expected a length, got {length!r}; {MEND}")
     path = store / name / "c" / "0"
     refuse_link(store, path)
-    size = length * np.dtype(dtype).itemsize + CHECKSUM_BYTES
-    map_raw(path, size)
+    map_raw(path, length * INDEX_DTYPES[name].itemsize + CHECKSUM_BYTES)
     # Mapped anew: what the check has read of the first map would count as this process's memory.
-    return map_file(path, size)[:-CHECKSUM_BYTES].view(dtype)
+    return map_index(store, name, length)
+
+
+def map_index(store: Path, name: str, length: int) -> npt.NDArray[Any]:
+    """Map an index array of ``length`` without looking at its bytes; raises `StoreCorrupt` as `map_file` does."""
+    dtype = INDEX_DTYPES[name]
+    mapped = map_file(store / name / "c" / "0", length * dtype.itemsize + CHECKSUM_BYTES)
+    return mapped[:-CHECKSUM_BYTES].view(dtype)
 
 
 def _documents(store: Path, n_documents: int) -> pa.Table:
     path = store / DOCUMENTS_FILE
     refuse_link(store, path)
     try:
-        documents = pq.read_table(path)
+        # `pq.read_table` imports some 60 MB for folders of files; read in one piece, what decoding takes would stay
+        with pq.ParquetFile(path) as file:
+            batches = file.iter_batches(DOCUMENTS_AT_ONCE, use_threads=False)
+            documents = pa.Table.from_batches(batches, file.schema_arrow)
         documents.validate(full=True)
+        pa.default_memory_pool().release_unused()
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise StoreCorrupt(f"{path}: cannot be read ({said}); copy the store again") from error

@@ -7,15 +7,19 @@ its maps up from time to time, and maps again what it needs, which takes a hundr
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tcsae.store.cache import CachedStore, touch
-from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path, codec_of, map_chunk, map_raw, read_chunk
+from tcsae.store.chunks import CHECKSUM_BYTES, Bytes, chunk_path, codec_of, map_chunk, map_raw, read_chunk
 from tcsae.store.errors import StoreCorrupt
 from tcsae.store.index import refuse_link
 from tcsae.store.spec import CHECKSUMS, TORCH_DTYPES, Provenance
@@ -24,10 +28,14 @@ MAX_MAPPED_CHUNKS = 4096
 """Chunks of a hook that stay mapped at once; Linux allows a process about 65,000 maps in all."""
 
 RESIDENT_BYTES = 2**29
-"""Bytes that are read of a hook's maps before all of them are given up, unless they are smaller together."""
+"""Resident bytes of a hook's maps at which all of them are given up, unless they are smaller together."""
 
-TOUCHED_BYTES = 2**17
-"""What reading a piece of a map makes resident beyond it: Linux maps 64 kB around both of its ends."""
+LOOK_BYTES = 2**24
+"""Bytes that are read between two looks at how much is resident, which cost some ten microseconds each."""
+
+TOUCHED_BYTES = 2**18
+"""What reading a piece of a map makes resident beyond it, roughly: Linux maps 64 kB around both of its ends, and since
+version 6.18 the whole of a large page of its cache, up to 2 MB. So it is counted only where nothing says better."""
 
 DECODED_BYTES = 2**29
 """Decoded chunks of a hook that are kept, in bytes; two at least."""
@@ -71,7 +79,9 @@ class HookChunks:
         self._chunk_bytes = provenance.rows_per_chunk * self._row_bytes
         self._most = MAX_MAPPED_CHUNKS if self._is_raw else max(2, DECODED_BYTES // self._chunk_bytes)
         self._verified = np.zeros((n_chunks, 2), dtype=np.int64)  # `_identity` of the file that was verified
-        self._read_bytes = 0
+        self._read_bytes = 0  # since the maps were last given up
+        self._looked_at = 0  # what `_read_bytes` was at the last look
+        self._others = file_pages() or 0  # what the process has of files when nothing of ours is mapped
 
     def will_read(self, n_rows: int, n_pieces: int) -> None:
         """Hear that ``n_rows`` rows in ``n_pieces`` pieces are about to be read, and perhaps give maps up.
@@ -80,9 +90,20 @@ class HookChunks:
         """
         self._read_bytes += n_rows * self._row_bytes + n_pieces * TOUCHED_BYTES
         mapped = len(self._mapped) * self._chunk_bytes
-        if self._is_raw and min(self._read_bytes, mapped) > RESIDENT_BYTES:
-            self._mapped.clear()
-            self._read_bytes = 0
+        if self._is_raw and mapped > RESIDENT_BYTES and self._read_bytes - self._looked_at > LOOK_BYTES:
+            self._looked_at = self._read_bytes
+            if self._resident() > RESIDENT_BYTES:
+                self._mapped.clear()
+                self._read_bytes = self._looked_at = 0
+                self._others = file_pages() or 0
+
+    def _resident(self) -> int:
+        """Bytes of our maps that are resident; what has been read of them where the system does not say."""
+        now = file_pages()
+        if now is None:
+            return self._read_bytes
+        self._others = min(self._others, now)
+        return now - self._others
 
     def __getitem__(self, chunk: int) -> Float[Tensor, "row d_model"]:
         """Rows of chunk number ``chunk``; raises `StoreCorrupt`, or `RemoteError` if it cannot be fetched."""
@@ -90,7 +111,7 @@ class HookChunks:
             self._mapped.move_to_end(chunk)
             return self._mapped[chunk]
         path = chunk_path(self._store, self._hook, chunk)
-        if self._is_raw and _identity(path) == tuple(self._verified[chunk].tolist()):
+        if self._is_raw and _identity_at(path) == tuple(self._verified[chunk].tolist()):
             rows = self._map(chunk, path)
         else:
             rows = self._read(chunk, path)
@@ -99,6 +120,37 @@ class HookChunks:
         if len(self._mapped) > self._most:
             self._mapped.popitem(last=False)
         return rows
+
+    def copy(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> None:
+        """Fill the bytes of each piece, [row, byte], from a row of the chunk on; raises what `__getitem__` does.
+
+        Nothing of a raw chunk is mapped for it, but when the chunk is verified: a map costs a fault for every piece,
+        its pages count as the process's memory, and the small objects of thousands of maps that come and go keep
+        large memory that is freed between them from being used again.
+        """
+        path = chunk_path(self._store, self._hook, chunk)
+        if self._is_raw and self._copy_from_file(chunk, path, pieces):
+            return
+        rows = (self._read(chunk, path) if self._is_raw else self[chunk]).view(torch.uint8).numpy()
+        for first, into in pieces:
+            into[:] = rows[first : first + len(into)]
+
+    def _copy_from_file(self, chunk: int, path: Path, pieces: Sequence[tuple[int, Bytes]]) -> bool:
+        """Whether the file is the one that was verified and had every piece."""
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError:  # which `_read` comes upon as well, and names
+            return False
+        try:
+            if _identity(os.fstat(file)) != tuple(self._verified[chunk].tolist()):
+                return False
+            if self._cached is not None:
+                touch(path)
+            return all(
+                os.preadv(file, [into.data], first * self._row_bytes) == into.nbytes for first, into in pieces
+            )
+        finally:
+            os.close(file)
 
     def _map(self, chunk: int, path: Path) -> Tensor:
         """Rows of a chunk that was verified before, and read again if it has just been removed to make room."""
@@ -118,7 +170,7 @@ class HookChunks:
             self._cached.fetch(str(path.relative_to(self._store)))
         refuse_link(self._store, path)
         # looked up before the file is opened: one that is replaced in between is verified again next time
-        identity = _identity(path)
+        identity = _identity_at(path)
         try:
             rows = read_chunk(self._store, made, self._hook, chunk, checksum=checksum)
         except StoreCorrupt:
@@ -127,16 +179,29 @@ class HookChunks:
             # damaged on this machine, or just removed by another process that makes room
             with self._cached.naming_the_url():
                 self._cached.fetch(str(path.relative_to(self._store)), again=True)
-                identity = _identity(path)
+                identity = _identity_at(path)
                 rows = read_chunk(self._store, made, self._hook, chunk, checksum=checksum)
         self._verified[chunk] = identity
         return rows
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    """Inode and time of the last change, which tell a file from another under its name; (-1, -1) for none."""
+def file_pages() -> int | None:
+    """Bytes of mapped files that are resident in this process, libraries included; None where Linux does not say."""
     try:
-        found = path.stat()
+        pages = Path("/proc/self/statm").read_bytes().split()[2]
+    except OSError:
+        return None
+    return int(pages) * mmap.PAGESIZE
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    """Inode and time of the last change, which tell a file from another under its name."""
+    return found.st_ino, found.st_mtime_ns
+
+
+def _identity_at(path: Path) -> tuple[int, int]:
+    """`_identity` of the file at ``path``; (-1, -1) if there is none."""
+    try:
+        return _identity(path.stat())
     except FileNotFoundError:
         return -1, -1
-    return found.st_ino, found.st_mtime_ns

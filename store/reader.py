@@ -6,6 +6,7 @@ reopens there); one object belongs to one thread.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from tcsae.store.cache import CachedStore
 from tcsae.store.errors import ConfigError, StoreCorrupt, StoreIncomplete, UnknownName
-from tcsae.store.index import read_layout
+from tcsae.store.index import map_index, read_layout
 from tcsae.store.mapped import HookChunks
 from tcsae.store.metadata import ROOT, read_root
 from tcsae.store.remote import is_url, local_path
 from tcsae.store.spec import (
+    TOKENS,
     TORCH_DTYPES,
     HookStatistics,
     Provenance,
@@ -197,21 +199,35 @@ class ActivationStore:
     ) -> Float[Tensor, "row d_model"]:
         """Copy of the activations of ``rows``, in the order given, in the stored dtype; into ``out`` where given.
 
-        Rows of one chunk are fetched together, so many rows from few chunks cost least. Fresh memory for every
-        call costs more than the copy does, so who reads again and again hands in his own.
+        Every run of neighbouring rows is a piece, read from its file and not mapped, so that training on a store of
+        any size maps none of it; long runs from few chunks cost least. Fresh memory for every call costs more than
+        the copy does, so who reads again and again hands in his own, contiguous.
         """
-        wanted = torch.as_tensor(rows)
-        if len(wanted) and (int(wanted.min()) < 0 or int(wanted.max()) >= self.n_rows):
-            raise IndexError(f"{self.url}: rows {int(wanted.min())}..{int(wanted.max())} of {self.n_rows}")
+        wanted = np.asarray(rows)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.n_rows):
+            raise IndexError(f"{self.url}: rows {wanted.min()}..{wanted.max()} of {self.n_rows}")
         chunks, size = self._chunks[self._hook(hook)], self.provenance.rows_per_chunk
-        chunks.will_read(len(wanted), 1 + int((wanted.diff() != 1).sum()))
         if out is None:
             out = torch.empty(len(wanted), self.d_model, dtype=TORCH_DTYPES[self.provenance.dtype])
-        which = wanted // size
-        for chunk in torch.unique(which).tolist():
-            here = which == chunk
-            out[here] = chunks[chunk][wanted[here] - chunk * size]
+        into = out.view(torch.uint8).numpy()
+        # With 10 rows a chunk, rows 7 8 9 10 3 are the runs 7 8 9, 10 and 3.
+        begin = np.flatnonzero((np.diff(wanted, prepend=-2) != 1) | (wanted % size == 0))
+        end = np.append(begin, len(wanted))[1:]
+        chunk_of, first = (part.tolist() for part in np.divmod(wanted[begin], size))
+        pieces = [(at, into[a:b]) for at, a, b in zip(first, begin.tolist(), end.tolist(), strict=True)]
+        order = sorted(range(len(pieces)), key=chunk_of.__getitem__)
+        for chunk, runs in itertools.groupby(order, key=chunk_of.__getitem__):
+            chunks.copy(chunk, [pieces[i] for i in runs])
         return out
+
+    def tokens_at(self, rows: Int64Array) -> npt.NDArray[np.int32]:
+        """Copy of the token ids of ``rows``, as ``tokens[rows]`` is.
+
+        Through a map that is given up again: what is read of `tokens` counts as the process's memory ever after, in
+        the end 4 bytes for each row of the store.
+        """
+        ids: npt.NDArray[np.int32] = map_index(self.path, TOKENS, self.n_rows)[rows]
+        return ids
 
     def chunk_rows(self) -> Iterator[tuple[int, int]]:
         """Row ranges ``[start, stop)`` of the chunks, in order: the cheapest pieces to read."""

@@ -53,7 +53,8 @@ def test_options_are_those_that_scripts_rely_on():
         "harvest": "corpus hook model context-length dtype precision max-tokens rows-per-chunk workers scheduler "
         "device resume dry-run json",
         "train": "recipe config set tokens seeds device resume dry-run log plot json",
-        "evaluate": "store model suite split max-tokens seed device json",
+        "evaluate": "store model suite split max-tokens tokens batch-size reference temporal-reference forget "
+        "domain-tokens questions-forget questions-retain seed workers scheduler device json",
         "compare": "report l0 primary json",
         "export": "format json",
         "recipes": "",

@@ -260,6 +260,6 @@ class WindowLoader:
         per_token = np.repeat(contexts, self._window)
         document = self._store.document_of_context[per_token]
         position = rows - self._store.context_offsets[per_token]
-        token = np.asarray(self._store.tokens[rows])
+        token = self._store.tokens_at(rows)
         eligible = (position >= self._min_position) & ~np.isin(token, self._special) & valid.cpu().numpy()
         return Rows(raw, x, valid, document, self._source[document], position, token, eligible)

@@ -7,7 +7,7 @@ from statistics import median
 
 from tcsae.store import ActivationStore
 from tcsae.store.device import choose_device
-from tcsae.train.config import TrainConfig
+from tcsae.train.config import SELECTING, TrainConfig
 from tcsae.train.flop import Flop, flop_per_step
 from tcsae.train.training import Training, peak_memory, timed_steps
 
@@ -34,6 +34,8 @@ class DryRun:
     seconds_per_step: float
     seconds: float
     """of all steps; finishing adds a few seconds"""
+    notes: list[str]
+    """what the figures are not"""
 
 
 def dry_run(store: ActivationStore, config: TrainConfig, *, device: str = "auto") -> DryRun:
@@ -53,4 +55,10 @@ def dry_run(store: ActivationStore, config: TrainConfig, *, device: str = "auto"
         flop_per_step={name: sum(getattr(one, name) for one in flop) for name in Flop._fields},
         seconds_per_step=seconds,
         seconds=seconds * config.steps,
+        notes=[
+            f"{arm.name}: learns how sparse to be and was timed while its codes were dense; its time and sparse FLOP "
+            "are upper bounds"
+            for arm in config.arms
+            if arm.architecture not in SELECTING
+        ],
     )

@@ -195,7 +195,8 @@ class _Denominator(torch.autograd.Function):
         nearest = query.new_full((len(query),), -torch.inf)
         nearest_in_source = nearest.clone()
         n_masked, n_keys = torch.zeros_like(document), 0
-        memory, scaled = None, query / temperature
+        memory: _Memory | None = None
+        scaled, by_document = query / temperature, _ByDocument(document)
         for piece in keys:
             code, n = piece.code, len(piece.code)
             if memory is None or len(memory.unit) < n:
@@ -204,7 +205,7 @@ class _Denominator(torch.autograd.Function):
             unit, logits = memory.unit[:n], memory.logits[: n * len(query)].view(len(query), n)
             torch.mul(code, norm.clamp_min(1e-12).reciprocal_(), out=unit)
             torch.mm(scaled, unit.T, out=logits)
-            masked_query, masked_key = _same_document(document, piece.document)
+            masked_query, masked_key = by_document.pairs(piece.document)
             logits[masked_query, masked_key] = -torch.inf
             empty = norm[:, 0] == 0
             if empty.any():
@@ -247,8 +248,22 @@ def _memory(query: Tensor, code: Tensor) -> _Memory:
     )
 
 
-def _same_document(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Index pairs (query, key) of one document; only the few keys that match some query are compared."""
-    columns = torch.isin(key, query).nonzero().flatten()
-    rows, among = (query[:, None] == key[columns][None, :]).nonzero(as_tuple=True)
-    return rows, columns[among]
+class _ByDocument:
+    """Queries in order of their document, to find those of a key's: the same for every piece of keys."""
+
+    def __init__(self, document: Tensor) -> None:
+        self._document, self._order = document.sort(stable=True)
+
+    def pairs(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Index pairs (query, key) of one document, given the keys' documents.
+
+        A join: its work grows with the pairs that it finds, not with queries times keys.
+
+        >>> [each.tolist() for each in _ByDocument(torch.tensor([7, 5, 7])).pairs(torch.tensor([7, 6, 5]))]
+        [[0, 2, 1], [0, 0, 2]]
+        """
+        first = torch.searchsorted(self._document, key)
+        counts = torch.searchsorted(self._document, key, right=True) - first
+        column = torch.repeat_interleave(torch.arange(len(key), device=key.device), counts)
+        within = torch.arange(len(column), device=key.device) - (counts.cumsum(0) - counts)[column]
+        return self._order[first[column] + within], column

@@ -91,7 +91,7 @@ def draw_training(
     names = list(dict.fromkeys(table["arm"].to_pylist()))
     contrast, others = _comparable(arms)
     most_seeds = 1
-    with one_column(44) as drawing:
+    with one_column(44.0) as drawing:
         panels = drawing.subplots(1, 3)
         for axes, (column, title, label) in zip(panels, _PANELS, strict=True):
             for i, name in enumerate(order or names):

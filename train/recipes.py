@@ -10,11 +10,12 @@ import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from tcsae.store.errors import ConfigError, UnknownName
 from tcsae.train.config import ArmConfig, TrainConfig
-from tcsae.train.settings import from_values
+from tcsae.train.settings import from_values, load_config, with_settings
 
 _FOLDER = files("tcsae.data") / "recipes"
 
@@ -101,3 +102,31 @@ def _read(name: str) -> tuple[ArmConfig, dict[str, Any]]:
     # Also reads the run's settings as what they are: a number as a float, a list as a tuple.
     whole = from_values(TrainConfig, {"arms": (arm,), **run}, where)
     return arm, {field: getattr(whole, field) for field in run}
+
+
+def asked_config(
+    names: Sequence[str], file: Path | None, settings: Sequence[str], tokens: int | None, seeds: str | None
+) -> TrainConfig:
+    """The run that the command line asks for: a file or recipes, then tokens and seeds, then each ``key=value``.
+
+    Raises
+    ------
+    ConfigError
+        neither a file nor a recipe, or both, or a setting that is no ``key=value``
+    """
+    if bool(names) == (file is not None):
+        raise ConfigError(
+            "give either --recipe (once or more) or --config FILE; `tcsae recipes` lists the recipes"
+        )
+    pairs = {}
+    if tokens is not None:
+        pairs["tokens"] = str(tokens)
+    if seeds is not None:
+        pairs["seeds"] = f"[{seeds}]"
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: expected KEY=VALUE, got {setting!r}")
+        pairs[key.strip()] = value.strip()
+    config = load_config(file) if file is not None else load_recipes(names, given=pairs)
+    return with_settings(config, pairs)

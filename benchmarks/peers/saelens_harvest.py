@@ -8,6 +8,8 @@ versions of transformer_lens. One argument, a JSON object with
     tokens         .npy of token ids [sequence, position]: a pretokenised dataset, its faster way
     hooks          {kind of model: names of the hooks there}
     batch_size, threads, scratch
+    clock          name of the function of time that is read: perf_counter, or process_time, the processor's time
+    precision      dtype of the model; activations are stored in float32, since its datasets know no bfloat16
 
 Once the models are loaded it writes one line, ``{"ready": versions}``. Then, for each line ``[kind, hook]`` that it
 reads, it runs that runner into an empty folder and writes ``{"seconds": ..., "model": ...}``: the whole of run() and
@@ -57,12 +59,14 @@ def serve(asked: dict[str, Any], answers: Any) -> None:
     n_sequences, context_size = ids.shape
     d_model = json.loads((Path(MODEL) / "config.json").read_text())["hidden_size"]
     into = Path(asked["scratch"])
+    clock = getattr(time, asked["clock"])
 
     def runner(kind: str, hook: str) -> CacheActivationsRunner:
         config = CacheActivationsRunnerConfig(
             dataset_path="given as an object",
             model_name=MODEL,
             model_class_name=kind,
+            model_from_pretrained_kwargs={"dtype": getattr(torch, asked["precision"])},
             model_batch_size=asked["batch_size"],
             hook_name=hook,
             d_in=d_model,
@@ -91,15 +95,15 @@ def serve(asked: dict[str, Any], answers: Any) -> None:
         run_with_cache = type(one.model).run_with_cache
 
         def watched(*args: Any, **options: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
             found = run_with_cache(one.model, *args, **options)  # noqa: B023  # called in this turn
-            inside[0] += time.perf_counter() - began  # noqa: B023
+            inside[0] += clock() - began  # noqa: B023
             return found
 
         one.model.run_with_cache = watched
-        began = time.perf_counter()
+        began = clock()
         made = one.run()
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
         assert len(made) == n_sequences, f"{len(made)} sequences, expected {n_sequences}"
         print(json.dumps({"seconds": seconds, "model": inside[0]}), file=answers, flush=True)
 

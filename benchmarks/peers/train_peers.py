@@ -26,8 +26,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
 
-def saelens(asked: dict[str, Any], kind: str) -> Callable[[], object]:
-    """SAELens' training class in SAELens' trainer."""
+def saelens(asked: dict[str, Any], kind: str, *, autocast: bool = False) -> Callable[[], object]:
+    """SAELens' training class in SAELens' trainer, with ``autocast`` in bfloat16."""
     from sae_lens import (
         BatchTopKTrainingSAE,
         BatchTopKTrainingSAEConfig,
@@ -45,7 +45,10 @@ def saelens(asked: dict[str, Any], kind: str) -> Callable[[], object]:
     )
     rows = data(asked)
     settings = SAETrainerConfig(
-        total_training_samples=10**6 * asked["batch"], train_batch_size_samples=asked["batch"], lr_end=3e-5
+        total_training_samples=10**6 * asked["batch"],
+        train_batch_size_samples=asked["batch"],
+        lr_end=3e-5,
+        autocast=autocast,
     )
     trainer = SAETrainer(settings, sae, rows)
     return lambda: trainer._train_step(sae, next(rows))
@@ -99,7 +102,9 @@ def data(asked: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 PEERS: dict[str, tuple[str, Callable[[dict[str, Any]], Callable[[], object]]]] = {
     "SAELens BatchTopK": ("sae-lens", lambda asked: saelens(asked, "batchtopk")),
+    "SAELens BatchTopK, autocast": ("sae-lens", lambda asked: saelens(asked, "batchtopk", autocast=True)),
     "SAELens Standard": ("sae-lens", lambda asked: saelens(asked, "standard")),
+    "SAELens Standard, autocast": ("sae-lens", lambda asked: saelens(asked, "standard", autocast=True)),
     "dictionary_learning BatchTopK": ("dictionary-learning", dictionary_learning),
     "sparsify TopK": ("eai-sparsify", sparsify),
 }

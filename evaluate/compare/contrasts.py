@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tcsae.evaluate.compare.arms import Design, Pair
+from tcsae.evaluate.compare.arms import Design, Family, Pair
 from tcsae.evaluate.compare.bootstrap import (
     ENOUGH_SEEDS,
     Alternative,
@@ -30,6 +30,7 @@ from tcsae.evaluate.compare.bootstrap import (
 from tcsae.evaluate.compare.matching import Matched, NotComparable, Side, match
 from tcsae.evaluate.estimates import Estimate
 from tcsae.evaluate.intervals import LEVEL
+from tcsae.evaluate.probe_figures import probe_name
 
 REGISTERED = "excess_information_whole_lag8"
 """Metric of the primary endpoint."""
@@ -39,14 +40,25 @@ STAND_IN = "autocorrelation_whole_lag8"
 
 TEMPORAL = tuple(
     f"{kind}_{part}_lag{lag}"
-    for kind in ("excess_information", "autocorrelation", "within_document_autocorrelation")
+    for kind in ("excess_information", "autocorrelation", "within_autocorrelation")
     for part in ("whole", "H", "L")
     for lag in (1, 8, 32)
 )
-QUALITY = ("fvu", "loss_recovered", "kl_sae", "l0_H")
+QUALITY = ("fvu", "loss_recovered", "kl_sae")
+PROBES = tuple(
+    probe_name(task, part, 20)
+    for task in ("topic", "source", "position", "token", "previous_token")
+    for part in ("H", "whole")
+)
+USES = ("unlearning_score", *PROBES)
 
-SECONDARY = (*TEMPORAL, *QUALITY)
-"""Compared beside the primary endpoint, where measured."""
+SECONDARY = tuple((metric, metric) for metric in (*TEMPORAL, *QUALITY, *USES))
+"""Compared beside the primary endpoint, where measured: the metric of the treated and of the control."""
+
+BEST_BLOCK = tuple(
+    (f"{kind}_H_lag8", f"{kind}_best_lag8") for kind in ("excess_information", "autocorrelation")
+)
+"""Block H against the block of the same size that hindsight finds in the control."""
 
 MARGINS: dict[str, tuple[float, Alternative]] = {"fvu": (0.01, "less"), "loss_recovered": (-0.005, "greater")}
 """Differences, treated minus control, that reconstruction must stay within, and on which side."""
@@ -90,7 +102,9 @@ class Contrast:
     why: str
     """why this is the control"""
     metric: str
-    """of the treated; of the control too, but for the best equal block"""
+    """of the treated"""
+    control_metric: str
+    """of the control: the same, but for its best equal block"""
     unit: str
     """of the metric"""
     difference: Figure
@@ -187,39 +201,36 @@ def contrasts_of(
     """
     found = []
     for pair in design.pairs:
-        for metric in dict.fromkeys((primary, *SECONDARY)):
-            if not all(_has(pair, side, metric) for side in ("treated", "control")):
-                if pair.role == "primary" and metric == primary:
-                    found.append(_absent(pair, metric, f"undefined, because the folders have no {metric}"))
-                continue
-            found += _compared(pair, metric, primary, target(pair), n_resamples)
+        for metrics in dict.fromkeys(((primary, primary), *SECONDARY, *BEST_BLOCK)):
+            kind: Kind = (
+                "primary" if pair.role == "primary" and metrics[0] == metrics[1] == primary else "secondary"
+            )
+            if all(_estimate(*one) for one in zip((pair.treated, pair.control), metrics, strict=True)):
+                found += _compared(pair, metrics, kind, target(pair), n_resamples)
+            elif kind == "primary":
+                reason = f"undefined, because the folders have no {primary}"
+                found.append(_absent(pair, metrics, kind, reason))
         advance(1)
     return holm(found)
 
 
-def _has(pair: Pair, side: Literal["treated", "control"], metric: str) -> bool:
-    family = pair.treated if side == "treated" else pair.control
-    return any(metric in one.estimates for arm in family.arms for one in arm.saes.values())
-
-
-def _estimate(pair: Pair, metric: str) -> Estimate | None:
-    saes = [one for arm in pair.treated.arms for one in arm.saes.values() if metric in one.estimates]
+def _estimate(family: Family, metric: str) -> Estimate | None:
+    saes = [one for arm in family.arms for one in arm.saes.values() if metric in one.estimates]
     return saes[0].estimates[metric] if saes else None
 
 
 def _compared(
-    pair: Pair, metric: str, primary: str, target: float | None, n_resamples: int
+    pair: Pair, metrics: tuple[str, str], kind: Kind, target: float | None, n_resamples: int
 ) -> list[Contrast]:
     """The comparison in one metric and, where it has a margin, the test of non-inferiority."""
-    kind: Kind = "primary" if pair.role == "primary" and metric == primary else "secondary"
+    metric = metrics[0]
     try:
-        matched = match(pair.treated, pair.control, (metric, metric), target)
+        matched = match(pair.treated, pair.control, metrics, target)
         difference, found = figure_of(matched.difference, n_resamples)
     except NotComparable as reason:
-        missing = _absent(pair, metric, f"undefined, because {reason}")
-        return [replace(missing, kind=kind)]
+        return [_absent(pair, metrics, kind, f"undefined, because {reason}")]
     p = p_value(found, 0.0) if matched.is_equal else None
-    plain = _contrast(pair, metric, kind, matched, difference, p, n_resamples)
+    plain = _contrast(pair, metrics, kind, matched, difference, p, n_resamples)
     if metric not in MARGINS:
         return [plain]
     margin, side = MARGINS[metric]
@@ -246,7 +257,7 @@ def _compared(
 
 def _contrast(
     pair: Pair,
-    metric: str,
+    metrics: tuple[str, str],
     kind: Kind,
     matched: Matched,
     difference: Figure,
@@ -256,14 +267,15 @@ def _contrast(
     def figure(side: Side) -> Figure:
         return figure_of(side.figure, n_resamples)[0]
 
-    estimate = _estimate(pair, metric)
+    estimate = _estimate(pair.treated, metrics[0])
     assert estimate is not None
     return Contrast(
         kind=kind,
         treated=pair.treated.name,
         control=pair.control.name,
         why=pair.why,
-        metric=metric,
+        metric=metrics[0],
+        control_metric=metrics[1],
         unit=estimate.unit,
         difference=difference,
         treated_figure=figure(matched.treated),
@@ -280,22 +292,23 @@ def _contrast(
         seeds=matched.seeds,
         missing_seeds=matched.missing,
         n_documents=estimate.n_documents,
-        n_tokens=pair.treated.one.tokens.get(metric),
+        n_tokens=pair.treated.one.tokens.get(metrics[0]),
         training_tokens=(pair.treated.arms[0].training_tokens, pair.control.arms[0].training_tokens),
         n_resamples=n_resamples if len(matched.seeds) > 1 else matched.treated.figure.draws.shape[1],
     )
 
 
-def _absent(pair: Pair, metric: str, reason: str) -> Contrast:
+def _absent(pair: Pair, metrics: tuple[str, str], kind: Kind, reason: str) -> Contrast:
     """A comparison that cannot be made, with its reason."""
     nothing = Figure(None, None, None, None, 0, None, reason)
-    estimate = _estimate(pair, metric)
+    estimate = _estimate(pair.treated, metrics[0])
     return Contrast(
-        kind=pair.role,
+        kind=kind,
         treated=pair.treated.name,
         control=pair.control.name,
         why=pair.why,
-        metric=metric,
+        metric=metrics[0],
+        control_metric=metrics[1],
         unit="" if estimate is None else estimate.unit,
         difference=nothing,
         treated_figure=nothing,

@@ -32,15 +32,10 @@ LEAST_COSINE = 0.7
 MOST_FEATURES = 8192
 """Of an SAE that is matched: the assignment takes time with the cube of it."""
 
-DENSITY_COLUMNS = ("density", "firing_rate", "firings", "n_firings")
-"""Names under which a table of features may say how often each fires."""
+DENSITY = "density"
+"""Column of the tables of features that says how often each fires."""
 
-COMPARED_COLUMNS = (
-    "excess_information_lag8",
-    "excess_lag8",
-    "autocorrelation_lag8",
-    *DENSITY_COLUMNS[:2],
-)
+COMPARED_COLUMNS = ("excess_information_lag8", "autocorrelation_lag8", "within_autocorrelation_lag8", DENSITY)
 """Columns of the tables of features whose change is reported."""
 
 CAUTION = (
@@ -175,7 +170,7 @@ def _matched(treated: Evaluated, control: Evaluated) -> tuple[MatchedRows, int]:
             decoders.append(load_sae(one.folder).W_dec.detach().float())
         except TcsaeError as error:
             raise _Missing(str(error)) from error
-        density = _column(one, DENSITY_COLUMNS)
+        density = _column(one, DENSITY)
         alive.append(np.arange(len(decoders[-1])) if density is None else np.flatnonzero(density > 0))
     a, b = (rows[torch.from_numpy(index)] for rows, index in zip(decoders, alive, strict=True))
     found = match_rows(a, b)
@@ -183,16 +178,11 @@ def _matched(treated: Evaluated, control: Evaluated) -> tuple[MatchedRows, int]:
     return own, min(map(len, alive))
 
 
-def _column(one: Evaluated, names: Sequence[str]) -> np.ndarray | None:
-    """The first of the columns that the SAE's table of features has, None without any."""
-    if one.features is None:
+def _column(one: Evaluated, name: str) -> np.ndarray | None:
+    """A column of the SAE's table of features, NaN where undefined; None where there is none."""
+    if one.features is None or name not in pq.read_schema(one.features).names:
         return None
-    there = pq.read_schema(one.features).names
-    for name in names:
-        if name in there:
-            values = pq.read_table(one.features, columns=[name])[name].to_numpy(zero_copy_only=False)
-            return np.asarray(values, dtype=np.float64)
-    return None
+    return np.asarray(pq.read_table(one.features, columns=[name])[name].to_numpy(), dtype=np.float64)
 
 
 def _changes(
@@ -201,7 +191,7 @@ def _changes(
     """Treated minus control of each matched feature with both values, by column and part."""
     found = {}
     for column in COMPARED_COLUMNS:
-        treated, control = (_column(one, [column]) for one in both)
+        treated, control = (_column(one, column) for one in both)
         if treated is None or control is None:
             continue
         change = treated[rows.treated] - control[rows.control]

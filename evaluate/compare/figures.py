@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-from tcsae.evaluate.autocorrelation import LAGS
 from tcsae.evaluate.compare.arms import Arm
 from tcsae.evaluate.compare.contrasts import Figure, few_seeds
 from tcsae.evaluate.compare.folders import Evaluated
 from tcsae.evaluate.compare.front import COSTS, Point
 from tcsae.evaluate.plots import PANELS, Bar, draw_final
+from tcsae.evaluate.temporal_codes import LAGS
+from tcsae.evaluate.unlearning_plot import read_unlearning_rows, unlearning_figure
 from tcsae.store.errors import TcsaeError
 from tcsae.train.config import ArmConfig
 from tcsae.train.figure_style import colour, dash, explain, marker, one_column, save_png
@@ -106,9 +107,20 @@ def _logged(one: Evaluated) -> tuple[pa.Table, ArmConfig] | None:
     return (lines, arms[name]) if len(lines) else None
 
 
+def draw_unlearning(arms: Sequence[Arm], path: Path, caption: str) -> None:
+    """``unlearning.png``: the suite's own figure over all folders' SAEs."""
+    rows = [
+        row._replace(arm=arm.name, sae=f"{arm.name}-s{seed}")
+        for arm in arms
+        for seed, one in arm.saes.items()
+        for row in read_unlearning_rows([one.out / "unlearning" / f"{one.sae}.json"])
+    ]
+    unlearning_figure(rows, path, caption)
+
+
 def draw_tradeoff(points: Sequence[Point], metric: str, path: Path, caption: str) -> None:
     """``tradeoff.png``: consistency against L0 and against FVU, one point an arm, lines along alpha."""
-    with one_column(46) as figure:
+    with one_column(46.0) as figure:
         panels = figure.subplots(1, len(COSTS), sharey=True)
         handles: dict[str, Any] = {}
         for axes, cost in zip(panels, COSTS, strict=True):
@@ -183,7 +195,7 @@ def _log_l0(axes: Axes) -> None:
 def draw_lags(arms: Sequence[Arm], figures: Figures, path: Path, caption: str) -> None:
     """``autocorrelation.png``: each arm over all lags, in the whole dictionary, block H and the rest L."""
     rows = [name for name in CURVES if any(f"{name}_whole_lag{LAGS[0]}" in figures[arm.name] for arm in arms)]
-    with one_column(8 + 32 * len(rows)) as figure:
+    with one_column(8.0 + 32 * len(rows)) as figure:
         grid = figure.subplots(len(rows), len(PARTS), sharex=True, squeeze=False)
         handles: dict[str, Any] = {}
         for row, name in enumerate(rows):

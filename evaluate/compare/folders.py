@@ -73,6 +73,8 @@ class Folders:
     """store, model, hook, split and settings"""
     outs: tuple[Path, ...]
     """the folders"""
+    references: Mapping[str, Mapping[str, Estimate]]
+    """figures of the temporal suite's reference rows (raw activations, ...), by name and metric"""
 
     @property
     def hook(self) -> str:
@@ -108,10 +110,22 @@ def read_folders(outs: Sequence[Path]) -> Folders:
         _read_sae(out, entry, summaries[out]["conditions"]["suites"])
         for out in outs
         for entry in summaries[out]["saes"]
+        if not _is_reference(entry)
     ]
+    references = {
+        entry["arm"]: {name: Estimate(metric=name, **fields) for name, fields in entry["metrics"].items()}
+        for out in reversed(outs)
+        for entry in summaries[out]["saes"]
+        if _is_reference(entry)
+    }
     if not saes:
         raise RunError(f"{first / SUMMARY_FILE}: holds no SAE; evaluate some first")
-    return Folders(tuple(_unique(saes)), summaries[first]["conditions"], tuple(outs))
+    return Folders(tuple(_unique(saes)), summaries[first]["conditions"], tuple(outs), references)
+
+
+def _is_reference(entry: Mapping[str, Any]) -> bool:
+    """Whether a row of a summary is one of the temporal suite's reference rows, which are no SAEs of anybody."""
+    return entry.get("origin") == {}
 
 
 def _read_summary(out: Path) -> dict[str, Any]:
@@ -127,7 +141,7 @@ def _read_summary(out: Path) -> dict[str, Any]:
     try:
         version = found["conditions"].get("result_version")
         is_whole = all({"sae", "arm", "seed", "block_size", "metrics"} <= one.keys() for one in found["saes"])
-        has_origin = all("digest" in one.get("origin", {}) for one in found["saes"])
+        has_origin = all(_is_reference(one) or "digest" in one.get("origin", {}) for one in found["saes"])
         is_whole &= {"suites", "store", "hooks", "split"} <= found["conditions"].keys()
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: not a summary that tcsae wrote ({error}); evaluate again") from error

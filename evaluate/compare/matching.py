@@ -331,9 +331,15 @@ def _read_at(curves: Sequence[_Curve], l0: Sequence[Draws]) -> Side:
     figure = _stacked([curve.at(one) for curve, one in zip(curves, l0, strict=True)])
     block = None
     if all("l0_H" in one.draws for curve in curves for one in curve.points):
-        blocks = [_Curve(curve.family, curve.seed, "l0_H") for curve in curves]
-        block = float(np.mean([curve.at(one).value for curve, one in zip(blocks, l0, strict=True)]))
+        # what a block keeps grows with L0, so its logarithm is what is linear in log L0
+        block = float(np.mean([_block_l0(curve, one) for curve, one in zip(curves, l0, strict=True)]))
     return Side(figure, float(np.mean([one.value for one in l0])), block)
+
+
+def _block_l0(curve: _Curve, l0: Draws) -> float:
+    """L0 of block H on the sample, where ``l0`` lies between the curve's points."""
+    total, block = (np.log([one.draws[name].value for one in curve.points]) for name in (L0, "l0_H"))
+    return float(np.exp(np.interp(np.log(l0.value), total, block)))
 
 
 def _stacked(found: Sequence[_Value]) -> PerSeed:

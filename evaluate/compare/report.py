@@ -21,6 +21,7 @@ from tcsae.evaluate.compare.contrasts import MARGINS, REGISTERED
 from tcsae.evaluate.compare.features import CAUTION, LEAST_COSINE
 from tcsae.evaluate.compare.matching import REGISTERED_L0, TOLERANCE
 from tcsae.evaluate.compare.tables import Table
+from tcsae.evaluate.estimates import Estimate
 
 if TYPE_CHECKING:
     from tcsae.evaluate.compare.run import Compared
@@ -132,6 +133,7 @@ def sections_of(found: Compared, design: Design, n_resamples: int) -> list[Secti
             ),
             tables.features_table(found.features) if found.features else None,
         ),
+        *_references(found),
         Section(
             "What could not be computed, and why",
             () if found.not_computed else ("Nothing.",),
@@ -176,8 +178,8 @@ def _primary_table(found: Compared) -> Table | None:
 
 def _arms_text(found: Compared) -> list[str]:
     lines = [
-        f"Means over seeds with 95 % intervals over seeds and documents; {found.conditions.get('n_documents')} "
-        f"{found.conditions['split']} documents, {found.conditions.get('n_tokens', 0):,} tokens. Realised L0 differs "
+        "Means over seeds with 95 % intervals over seeds and documents; "
+        f"{found.conditions['n_documents']} documents, {found.conditions['n_tokens']:,} tokens. Realised L0 differs "
         "between arms: this table compares nothing."
     ]
     curves = [family for family in found.families if len(family.arms) > 1]
@@ -204,6 +206,25 @@ def _method(found: Compared, n_resamples: int) -> list[str]:
         "The order of the data is the same for all seeds, so the intervals leave it out; one model and one hook, so "
         "they say nothing of others.",
     ]
+
+
+def _references(found: Compared) -> list[Section]:
+    """What the temporal metrics are without an SAE, or with one that learned nothing."""
+    if not found.references:
+        return []
+    metrics = [name for name in tables.HEADLINE if any(name in one for one in found.references.values())]
+    rows = [
+        (name, *(_with_interval(figures.get(metric)) for metric in metrics))
+        for name, figures in found.references.items()
+    ]
+    text = "Intervals over documents, as evaluate gave them; compared with nothing."
+    return [Section("Reference rows", (text,), Table(("row", *metrics), tuple(rows)))]
+
+
+def _with_interval(one: Estimate | None) -> str:
+    if one is None or one.value is None:
+        return tables.ABSENT
+    return f"{tables.number(one.value)} [{tables.number(one.low)}, {tables.number(one.high)}]"
 
 
 def _conditions(found: Compared) -> Table:

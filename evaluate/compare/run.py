@@ -18,6 +18,7 @@ from tcsae.evaluate.compare.features import MatchedFeatures, matched_features
 from tcsae.evaluate.compare.folders import Folders, read_folders
 from tcsae.evaluate.compare.front import Point, arm_figure, points_of
 from tcsae.evaluate.compare.matching import common_l0, reach
+from tcsae.evaluate.estimates import Estimate
 from tcsae.evaluate.plots import PANELS
 from tcsae.store.atomic import exclusive, write_atomically
 from tcsae.store.errors import ConfigError, Interrupted, RunBusy, UnknownName
@@ -49,6 +50,8 @@ class Compared:
     """of the trade-off"""
     features: tuple[MatchedFeatures, ...]
     """matched, by pair of arms"""
+    references: Mapping[str, Mapping[str, Estimate]]
+    """figures of the temporal suite's reference rows, by name and metric"""
     images: dict[str, Path]
     """the figures that could be drawn, by name"""
     not_computed: tuple[str, ...]
@@ -186,6 +189,7 @@ def _compare(folders: Folders, report: Path, l0: float | None, metric: str, n_re
             contrasts=tuple(contrasts),
             points=tuple(points),
             features=tuple(features),
+            references=folders.references,
             images=images,
             not_computed=tuple(
                 dict.fromkeys([*_not_computed(design, metric, contrasts, features, arms, figures), *missing])
@@ -219,7 +223,7 @@ def _draw(
     from tcsae.evaluate.compare import figures as drawing
 
     conditions = folders.conditions
-    on = f"{conditions['model']}, {folders.hook}; {conditions.get('n_documents')} {conditions['split']} documents"
+    on = f"{conditions['model']}, {folders.hook}; {sample_text(conditions)}"
     images: dict[str, Path] = {}
     missing = []
     path = report / "training_metrics.png"
@@ -244,7 +248,26 @@ def _draw(
         drawing.draw_lags(arms, figures, images["autocorrelation"], caption)
     else:
         missing.append("autocorrelation.png: the folders have no temporal suite")
+    if "unlearning" in conditions["suites"]:
+        images["unlearning"] = report / "unlearning.png"
+        drawing.draw_unlearning(
+            arms,
+            images["unlearning"],
+            f"{on}; stairs: the best setting that costs no more; dots: all settings",
+        )
+    else:
+        missing.append("unlearning.png: the folders have no unlearning suite")
     return images, missing
+
+
+def sample_text(conditions: Mapping[str, Any]) -> str:
+    """What the figures rest on.
+
+    >>> sample_text({"n_documents": 85, "split": "test"}), sample_text({"n_documents": 85, "split": None})
+    ('85 test documents', '85 rows of given tokens')
+    """
+    rows = "rows of given tokens" if conditions["split"] is None else f"{conditions['split']} documents"
+    return f"{conditions['n_documents']} {rows}"
 
 
 def _not_computed(
@@ -283,8 +306,18 @@ def _not_computed(
         for name, figure in figures[arm.name].items():
             if figure.reason:
                 by_reason.setdefault(figure.reason, []).append(name)
-        lines += [f"{arm.name}: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+        lines += [f"{arm.name}: {_some(names)}: {reason}" for reason, names in by_reason.items()]
     return lines
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    """The first names and how many more; arms.parquet has the reason of each.
+
+    >>> _some(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _write(found: Compared, design: Design, report: Path, n_resamples: int) -> None:

@@ -146,6 +146,7 @@ def contrast_lines(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
             "control": one.control,
             "why_this_control": one.why,
             "metric": one.metric,
+            "control_metric": one.control_metric,
             "unit": one.unit,
             **_plain(one.difference, "difference_"),
             **_plain(one.treated_figure, "treated_"),
@@ -185,7 +186,7 @@ def contrasts_table(contrasts: Sequence[Contrast]) -> Table:
             (
                 one.treated,
                 f"{one.control} ({one.why})",
-                f"{one.metric} ({one.unit})" if one.unit not in ("", "1") else one.metric,
+                _metric_text(one),
                 text_of(one.difference),
                 text_of(one.treated_figure),
                 text_of(one.control_figure),
@@ -201,6 +202,12 @@ def contrasts_table(contrasts: Sequence[Contrast]) -> Table:
             for one in contrasts
         ),
     )
+
+
+def _metric_text(one: Contrast) -> str:
+    """The metric with its unit, and the control's where it is another."""
+    against = "" if one.control_metric == one.metric else f" against {one.control_metric} of the control"
+    return f"{one.metric}{against}" + ("" if one.unit in ("", "1") else f" ({one.unit})")
 
 
 def tost_table(contrasts: Sequence[Contrast]) -> Table:

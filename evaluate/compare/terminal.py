@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
+from tcsae.evaluate.cells import WIDTH
 from tcsae.evaluate.compare.contrasts import Contrast
 from tcsae.evaluate.compare.run import Compared
 from tcsae.evaluate.compare.tables import p_text, seeds_text, text_of
-from tcsae.evaluate.table import WIDTH
 
 MOST_LINES = 6
 """Secondary comparisons that are printed; the tables have them all."""

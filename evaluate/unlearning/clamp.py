@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,7 +35,7 @@ class Setting:
     """which are clamped"""
 
 
-def settings_of(activity: Activity, seed: int) -> list[Setting]:
+def settings_of(activity: Activity, seed: int, multiples: Sequence[float] = MULTIPLES) -> list[Setting]:
     """All settings: thresholds x numbers x multiples, of the selected features and then of the controls."""
     of_kind: dict[Kind, list[Setting]] = {"selected": [], "control": []}
     for threshold in THRESHOLDS:
@@ -47,7 +48,7 @@ def settings_of(activity: Activity, seed: int) -> list[Setting]:
             of_kind[kind] += [
                 Setting(kind, threshold, number, multiple, features[:number])
                 for number in NUMBERS
-                for multiple in MULTIPLES
+                for multiple in multiples
             ]
     return of_kind["selected"] + of_kind["control"]
 

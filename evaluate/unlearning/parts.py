@@ -8,12 +8,14 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from tcsae.evaluate.unlearning.clamp import Setting
 from tcsae.evaluate.unlearning.score import TopicSums
 from tcsae.store.atomic import write_atomically
+from tcsae.store.errors import RunError
 
 ARRAYS = ("is_forget", "n", "loss", "hits", "rise", "hits_with")
 
@@ -39,16 +41,19 @@ class Parts:
         return self._folder / f"{digest[:16]}.npz"
 
     def read(self, topic: str) -> TopicSums | None:
-        """The finished topic, None if there is none."""
+        """The finished topic, None if there is none; `RunError` if its file is damaged."""
         path = self._path(topic)
         if not path.is_file():
             return None
-        with np.load(path) as kept:
-            settings = [
-                Setting(**(fields | {"features": tuple(fields["features"])}))
-                for fields in json.loads(str(kept["settings"]))
-            ]
-            return TopicSums(settings=tuple(settings), **{name: kept[name] for name in ARRAYS})
+        try:
+            with np.load(path) as kept:
+                settings = [
+                    Setting(**(fields | {"features": tuple(fields["features"])}))
+                    for fields in json.loads(str(kept["settings"]))
+                ]
+                return TopicSums(settings=tuple(settings), **{name: kept[name] for name in ARRAYS})
+        except (KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
+            raise RunError(f"{path}: not what tcsae wrote ({error!r}); delete it to measure again") from error
 
     def write(self, topic: str, sums: TopicSums) -> None:
         """Keep a finished topic, whole or not at all."""

@@ -6,8 +6,9 @@ contexts in which a clamped feature fires: the others are what they were, to the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -81,18 +82,25 @@ def _outcome(
     log_probs: Float[Tensor, "position vocab"], tokens: Int64[Tensor, " position"]
 ) -> tuple[Float64[Tensor, " target"], Bool[Tensor, " target"]]:
     """Loss and hit of each prediction."""
-    loss = next_token_loss(log_probs, tokens.to(log_probs.device)).double().cpu()
+    (loss,) = next_token_loss(log_probs[None], tokens[None].to(log_probs.device)).double().cpu()
     return loss, log_probs[:-1].argmax(dim=-1).cpu() == tokens[1:]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """Sums over the counted predictions of each context, the contexts in the order they were given."""
+@runtime_checkable
+class Clean(Protocol):
+    """One context or prompt whose clean pass is kept; `CleanContext` is one."""
 
-    rise: Float[np.ndarray, " context"]
-    """cross-entropy with the features clamped minus without, in nats; exactly 0 where none fires"""
-    hits: Float[np.ndarray, " context"]
-    """right predictions of the likeliest token, with the features clamped"""
+    @property
+    def input_ids(self) -> Int64[Tensor, " position"]:
+        """BOS included"""
+
+    @property
+    def keep(self) -> Bool[Tensor, " position"]:
+        """where features may be clamped"""
+
+    @property
+    def x(self) -> Float[Tensor, "position d_model"]:
+        """activations at the hook"""
 
 
 class ClampedReplay:
@@ -105,7 +113,7 @@ class ClampedReplay:
     sae
         whose features are clamped
     contexts
-        from `clean_contexts`, longest first
+        what is run; those of about one length should stand together
     features
         all that any setting clamps; only their activations are kept
     batch_size
@@ -113,12 +121,7 @@ class ClampedReplay:
     """
 
     def __init__(
-        self,
-        splicer: Splicer,
-        sae: SAE,
-        contexts: Sequence[CleanContext],
-        features: Sequence[int],
-        batch_size: int,
+        self, splicer: Splicer, sae: SAE, contexts: Sequence[Clean], features: Sequence[int], batch_size: int
     ) -> None:
         self._splicer = splicer
         self._contexts = contexts
@@ -132,12 +135,15 @@ class ClampedReplay:
         ]
 
     @torch.no_grad()
-    def clamped(self, features: Sequence[int], to: Sequence[float]) -> Outcome:
-        """What the model makes of the contexts with each of ``features`` at its value in ``to`` where it fires."""
+    def rerun(
+        self, features: Sequence[int], to: Sequence[float]
+    ) -> Iterator[tuple[int, Float[Tensor, "position vocab"]]]:
+        """Log-probabilities with each of ``features`` at its value in ``to`` wherever it fires.
+
+        Yields the index of each context in which one of them fires; the others are as they were.
+        """
         columns = [self._column[feature] for feature in features]
         values = torch.tensor(list(to), dtype=self._directions.dtype, device=self._directions.device)
-        rise = np.zeros(len(self._contexts))
-        hits = np.array([float((one.hit & one.counted).sum()) for one in self._contexts])
         touched = [at for at, f in enumerate(self._f) if bool((f[:, columns] > 0).any())]
         for first in range(0, len(touched), self._batch_size):
             part = touched[first : first + self._batch_size]
@@ -150,18 +156,38 @@ class ClampedReplay:
                 batch_of([self._contexts[at] for at in part]), pad_sequence(rows, batch_first=True)
             )
             for row, at in enumerate(part):
-                one = self._contexts[at]
-                loss, hit = _outcome(log_probs[row, : len(one.input_ids)], one.input_ids)
-                rise[at] = float((loss - one.loss)[one.counted].sum())
-                hits[at] = float((hit & one.counted).sum())
-        return Outcome(rise, hits)
+                yield at, log_probs[row, : len(rows[row])]
 
 
-def batch_of(contexts: Sequence[CleanContext]) -> Batch:
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Sums over the counted predictions of each context, the contexts in the order they were given."""
+
+    rise: Float[np.ndarray, " context"]
+    """cross-entropy with the features clamped minus without, in nats; exactly 0 where none fires"""
+    hits: Float[np.ndarray, " context"]
+    """right predictions of the likeliest token, with the features clamped"""
+
+
+def clamped_outcome(
+    replay: ClampedReplay, contexts: Sequence[CleanContext], features: Sequence[int], to: Sequence[float]
+) -> Outcome:
+    """What the model makes of ``contexts`` (those of ``replay``) with ``features`` clamped to ``to``."""
+    rise = np.zeros(len(contexts))
+    hits = np.array([float((one.hit & one.counted).sum()) for one in contexts])
+    for at, log_probs in replay.rerun(features, to):
+        one = contexts[at]
+        loss, hit = _outcome(log_probs, one.input_ids)
+        rise[at] = float((loss - one.loss)[one.counted].sum())
+        hits[at] = float((hit & one.counted).sum())
+    return Outcome(rise, hits)
+
+
+def batch_of(contexts: Sequence[Clean]) -> Batch:
     """The contexts as one batch, padded on the right."""
     return Batch(
         input_ids=pad_sequence([one.input_ids for one in contexts], batch_first=True),
         keep=pad_sequence([one.keep for one in contexts], batch_first=True),
         length=tuple(len(one.input_ids) for one in contexts),
-        document=tuple(one.document for one in contexts),
+        document=tuple(range(len(contexts))),
     )

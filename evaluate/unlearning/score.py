@@ -80,6 +80,8 @@ class TopicSums:
     """cross-entropy with each setting, minus without"""
     hits_with: Float[np.ndarray, "document setting"]
     """right predictions with each setting"""
+    limit: float = RETAIN_LIMIT
+    """largest rise outside the domain at which a setting counts"""
 
     def of_kind(self, kind: Kind) -> Bool[np.ndarray, " setting"]:
         """Settings of the kind that clamp anything at all."""
@@ -104,11 +106,12 @@ def halves_of(strata: Int64[np.ndarray, " document"]) -> Bool[np.ndarray, " docu
     >>> halves_of(np.array([5, 5, 0, 5])).tolist()
     [False, True, False, False]
     """
-    rank = np.zeros_like(strata)
+    rank = np.zeros(len(strata), dtype=np.int64)
     for stratum in np.unique(strata):
         members = strata == stratum
         rank[members] = np.arange(np.count_nonzero(members))
-    return rank % 2 == 1
+    second: Bool[np.ndarray, " document"] = rank % 2 == 1
+    return second
 
 
 def stratified_counts(
@@ -139,10 +142,10 @@ def _rises(sums: Array) -> Array:
     return np.concatenate([np.zeros_like(rises[..., :1]), rises], axis=-1)
 
 
-def _best(forget: Array, retain: Array, which: Bool[np.ndarray, " setting"]) -> Chosen:
+def _best(forget: Array, retain: Array, which: Bool[np.ndarray, " setting"], limit: float) -> Chosen:
     """Index of the best setting of ``which`` within the limit; 0 is the untouched model."""
     counts = np.concatenate([[True], which])
-    return np.asarray(np.argmax(np.where(counts & (retain <= RETAIN_LIMIT), forget, -np.inf), axis=-1))
+    return np.asarray(np.argmax(np.where(counts & (retain <= limit), forget, -np.inf), axis=-1))
 
 
 def _taken(values: Array, at: Chosen) -> Array:
@@ -150,7 +153,10 @@ def _taken(values: Array, at: Chosen) -> Array:
 
 
 def interpolated_score(
-    forget: Array, retain: Array, curves: Sequence[Int64[np.ndarray, " strength"]]
+    forget: Array,
+    retain: Array,
+    curves: Sequence[Int64[np.ndarray, " strength"]],
+    limit: float = RETAIN_LIMIT,
 ) -> Array:
     """Largest forget rise within the limit on the broken lines through ``curves``.
 
@@ -166,10 +172,10 @@ def interpolated_score(
         path = np.concatenate([[0], curve])
         f, r = forget[..., path], retain[..., path]
         here, after = r[..., :-1], r[..., 1:]
-        crosses = (here <= RETAIN_LIMIT) != (after <= RETAIN_LIMIT)
-        share = np.where(crosses, RETAIN_LIMIT - here, 0.0) / np.where(crosses, after - here, 1.0)
+        crosses = (here <= limit) != (after <= limit)
+        share = np.where(crosses, limit - here, 0.0) / np.where(crosses, after - here, 1.0)
         at_limit = f[..., :-1] + share * (f[..., 1:] - f[..., :-1])
-        reached = [np.where(r <= RETAIN_LIMIT, f, 0.0), np.where(crosses, at_limit, 0.0)]
+        reached = [np.where(r <= limit, f, 0.0), np.where(crosses, at_limit, 0.0)]
         best = np.maximum(best, np.concatenate(reached, axis=-1).max(axis=-1))
     return np.where(np.isnan(forget + retain).any(axis=-1), np.nan, best)
 
@@ -196,8 +202,12 @@ def score_bootstraps(
 
     def plain(sums: Array) -> Array:
         forget, retain = (_rises(part) for part in np.split(sums, 2, axis=-1))
-        score, control = (_taken(forget, _best(forget, retain, which)) for which in which_of_kind)
-        line, control_line = (interpolated_score(forget, retain, curves) for curves in curves_of_kind)
+        score, control = (
+            _taken(forget, _best(forget, retain, which, topic.limit)) for which in which_of_kind
+        )
+        line, control_line = (
+            interpolated_score(forget, retain, curves, topic.limit) for curves in curves_of_kind
+        )
         columns = [score, control, score - control, line, control_line, line - control_line]
         figures = np.stack(columns, axis=-1)
         return np.concatenate([figures, forget[..., 1:], retain[..., 1:]], axis=-1)
@@ -207,7 +217,8 @@ def score_bootstraps(
         (forget_a, forget_b), (retain_a, retain_b) = parts[:2], parts[2:]
         found = []
         for which in which_of_kind:
-            on_a, on_b = _best(forget_a, retain_a, which), _best(forget_b, retain_b, which)
+            on_a = _best(forget_a, retain_a, which, topic.limit)
+            on_b = _best(forget_b, retain_b, which, topic.limit)
             found.append((_taken(forget_b, on_a) + _taken(forget_a, on_b)) / 2)
             found.append((_taken(retain_b, on_a) + _taken(retain_a, on_b)) / 2)
         score, retain, control, _ = found
@@ -254,41 +265,41 @@ def topic_estimates(
     """
     estimates: dict[str, Estimate] = {}
     draws: dict[str, Draws] = {}
+
+    def add(name: str, one: Draws, n: int, why: str | None) -> None:
+        estimates[name], kept = figure_estimate(name, "nats", one, n, why)
+        if kept is not None:
+            draws[name] = kept
+
     for figure in FIGURES:
-        for topic, boots in found.items():
-            name, why = f"unlearning_{figure}_{topic}", undefined[topic].get(figure)
-            if why is None:
-                one = boots[figure]
-                _add(name, _draws(one), n_documents[topic], estimates, draws)
-            else:
-                estimates[name] = Estimate.count(name, "nats", None, n_documents[topic], why)
-        name = f"unlearning_{figure}"
+        of_topic = {topic: draws_of(boots[figure]) for topic, boots in found.items()}
+        for topic, one in of_topic.items():
+            name = f"unlearning_{figure}_{topic}"
+            add(name, one, n_documents[topic], undefined[topic].get(figure))
         lacking = [topic for topic in found if figure in undefined[topic]]
-        if lacking:
-            why = f"undefined, because it is for {', '.join(lacking)}"
-            estimates[name] = Estimate.count(name, "nats", None, sum(n_documents.values()), why)
-        else:
-            ones = [_draws(boots[figure]) for boots in found.values()]
-            mean = Draws(
-                float(np.mean([one.value for one in ones])),
-                np.mean([one.draws for one in ones], axis=0),
-                np.mean([one.leave_one_out for one in ones], axis=0),
-            )
-            _add(name, mean, sum(n_documents.values()), estimates, draws)
+        mean = Draws(
+            float(np.mean([one.value for one in of_topic.values()])),
+            np.mean([one.draws for one in of_topic.values()], axis=0),
+            np.mean([one.leave_one_out for one in of_topic.values()], axis=0),
+        )
+        why = f"undefined, because it is for {', '.join(lacking)}" if lacking else None
+        add(f"unlearning_{figure}", mean, sum(n_documents.values()), why)
     return estimates, draws
 
 
-def _draws(one: Bootstrap) -> Draws:
-    return Draws(float(one.value[0]), one.draws[:, 0], one.leave_one_out[:, 0])
+def draws_of(boot: Bootstrap) -> Draws:
+    """A bootstrap of one column, to be kept."""
+    return Draws(float(boot.value[0]), boot.draws[:, 0], boot.leave_one_out[:, 0])
 
 
-def _add(
-    name: str, one: Draws, n_documents: int, estimates: dict[str, Estimate], draws: dict[str, Draws]
-) -> None:
+def figure_estimate(
+    name: str, unit: str, one: Draws, n_documents: int, why: str | None
+) -> tuple[Estimate, Draws | None]:
+    """The estimate of ``one``, and ``one`` itself if it has a value; ``why`` it is undefined, None if it is not."""
+    if why is not None:
+        return Estimate.count(name, unit, None, n_documents, why), None
     ends = interval(one.value, one.draws, one.leave_one_out, undefined=NO_PREDICTION)
-    estimates[name] = Estimate.of(name, "nats", ends, n_documents)
-    if ends.value is not None:
-        draws[name] = one
+    return Estimate.of(name, unit, ends, n_documents), None if ends.value is None else one
 
 
 def setting_rows(topic: TopicSums, rises: Bootstrap) -> list[dict[str, Any]]:
@@ -322,5 +333,5 @@ def chosen_setting(topic: TopicSums, kind: Kind) -> int | None:
     forget, retain = (
         _rises(_columns(topic, part).sum(axis=0)) for part in (topic.is_forget, ~topic.is_forget)
     )
-    best = int(_best(forget, retain, topic.of_kind(kind)))
+    best = int(_best(forget, retain, topic.of_kind(kind), topic.limit))
     return best - 1 if best else None

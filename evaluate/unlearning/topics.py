@@ -22,7 +22,13 @@ from tcsae.evaluate.unlearning.domains import (
     find_domains,
     sides_of,
 )
-from tcsae.evaluate.unlearning.replay import ClampedReplay, CleanContext, Outcome, clean_contexts
+from tcsae.evaluate.unlearning.replay import (
+    ClampedReplay,
+    CleanContext,
+    Outcome,
+    clamped_outcome,
+    clean_contexts,
+)
 from tcsae.evaluate.unlearning.score import TopicSums
 from tcsae.evaluate.unlearning.select import Activity, activities
 from tcsae.store.errors import ConfigError
@@ -128,7 +134,7 @@ class TopicReplay:
             key = (setting.multiple, setting.features)
             if key not in done:
                 values = [-setting.multiple * activity.mean_active[feature] for feature in setting.features]
-                done[key] = replay.clamped(setting.features, values)
+                done[key] = clamped_outcome(replay, contexts, setting.features, values)
             outcomes.append(done[key])
             advance(1)
         owner = np.searchsorted(self.documents, [clean.document for clean in contexts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
+from tcsae.evaluate import EvaluateConfig, evaluate, probing_suite
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.probe_codes import ProbeData, codes_of, pooled
 from tcsae.evaluate.probe_figures import Undefined, fit, multi_class_figures, one_vs_rest_figures
@@ -29,8 +31,12 @@ from tcsae.evaluate.probe_samples import (
     token_task,
 )
 from tcsae.evaluate.probing import accuracies, contrasts, deviations, in_turns, one_vs_rest_accuracies
+from tcsae.evaluate.probing_suite import probed_parts
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
+from tcsae.store.errors import ConfigError
 from tcsae.store.writer import documents_table
+from tcsae.train.sae.inference import SAE
+from tcsae.train.saelens import load_sae, save_sae
 
 HOOK = "blocks.0.hook_resid_post"
 N_DOCUMENTS = 240
@@ -490,3 +496,90 @@ def test_documents_are_the_unit_of_the_interval(planted: ActivationStore) -> Non
     assert estimates["probe_topic_L_k1"].n_documents == n_documents
     assert len(draws["probe_topic_L_k1"].leave_one_out) == n_documents
     assert pa.array(draws["probe_topic_L_k1"].draws).null_count == 0
+
+
+# The suite -----------------------------------------------------------------------------------------------
+
+FIELDS = ("test_accuracy", *(f"top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50, 100)))
+
+
+def config_of(store: ActivationStore, folder: Path, **changes: Any) -> EvaluateConfig:
+    """Evaluation of the SAE whose feature i is ReLU of dimension i, with block H = 0..3."""
+    sae = SAE(
+        architecture="standard",
+        W_enc=torch.eye(48),
+        b_enc=torch.zeros(48),
+        W_dec=torch.eye(48),
+        b_dec=torch.zeros(48),
+        block_size=4,
+        name="planted-s0",
+    )
+    save_sae(sae, folder / "sae")
+    fields: dict[str, Any] = {"n_bootstrap": 100, "device": "cpu", "suites": ("probing",)} | changes
+    return EvaluateConfig(saes=(folder / "sae",), out=folder / "out", store=store.path, **fields)
+
+
+def test_the_suite_writes_saebenchs_file_and_ours_in_it_and_is_not_measured_twice(
+    planted: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(planted, tmp_path)
+    (row,) = evaluate(config).rows
+    body = json.loads((tmp_path / "out" / "probing" / "planted-s0.json").read_text())
+    assert body["eval_type_id"] == "sparse_probing"
+    metrics = body["eval_result_metrics"]
+    assert set(metrics) == {"llm", "sae"}
+    for who, fields in metrics.items():
+        assert tuple(fields) == tuple(f"{who}_{field}" for field in FIELDS)
+        assert fields[f"{who}_top_1_test_accuracy"] == 1.0
+        assert fields[f"{who}_test_accuracy"] > 0.9
+        # there are 48 features
+        assert fields[f"{who}_top_50_test_accuracy"] is None
+    assert [one["dataset_name"] for one in body["eval_result_details"]] == ["topic"]
+    assert body["eval_result_details"][0] == {"dataset_name": "topic", **metrics["llm"], **metrics["sae"]}
+    ours = body["eval_result_unstructured"]["tcsae"]
+    assert ours["estimates"]["probe_topic_H_k1"]["value"] == 1.0
+    assert ours["tasks"]["topic"]["chosen_features"]["H"][0] == TOPIC_AT
+    assert ours["tasks"]["source"] == {
+        "undefined": "every document has the one source 'by hand' in the store"
+    }
+    assert set(ours["one_vs_rest_of_classes"]["topic"]["whole_k1"]) == {"animals", "plants"}
+    found = row.estimates
+    assert found["probe_source_chance"].reason == (
+        "undefined, because every document has the one source 'by hand' in the store"
+    )
+    assert found["probe_topic_residual_k1"].value == found["probe_topic_whole_k1"].value == 1.0
+    assert found["probe_position_whole_k20"].value == 1.0
+    assert {"probe_topic_H_minus_random_k1", "probe_token_L_dense", "probe_previous_token_random_k2"} <= set(
+        found
+    )
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(probing_suite, "fit", refuse)
+    (again,) = evaluate(config).rows
+    assert again.estimates == row.estimates
+
+
+def test_documents_that_probes_learn_from_are_refused_as_their_test(
+    planted: ActivationStore, tmp_path: Path
+) -> None:
+    expected = "split: --suite probing trains its probes on the train split and tests them on the test split"
+    with pytest.raises(ConfigError, match=expected):
+        evaluate(config_of(planted, tmp_path, split="all"))
+
+
+def test_an_sae_without_a_block_is_probed_whole(planted: ActivationStore, tmp_path: Path) -> None:
+    config = config_of(planted, tmp_path)
+    sae = load_sae(tmp_path / "sae")
+    sae.block_size = 0
+    assert list(probed_parts(sae, 0)) == ["whole"]
+    sae.block_size = 4
+    parts = probed_parts(sae, config.seed)
+    assert {part: len(features) for part, features in parts.items()} == {
+        "whole": 48,
+        "H": 4,
+        "L": 44,
+        "random": 4,
+    }
+    assert len(set(parts["random"].tolist())) == 4

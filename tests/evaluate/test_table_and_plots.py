@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from tcsae.evaluate.cells import WIDTH
 from tcsae.evaluate.estimates import Draws, Estimate
 from tcsae.evaluate.plots import PANELS, Bar, Panel, _limits, bars_of, final_metrics
 from tcsae.evaluate.summary import Comparison, Evaluation, Row
-from tcsae.evaluate.table import WIDTH, table
+from tcsae.evaluate.table import table
 
 REPLAYED = ("loss_recovered", "kl_sae", "kl_score")
 
@@ -48,7 +49,7 @@ def test_columns_are_aligned_and_fit_however_long_the_names() -> None:
     )
     lines = text.splitlines()
     assert max(map(len, lines)) <= WIDTH
-    assert " ".join(lines).endswith("of block H.")
+    assert " ".join(lines).endswith("over both its nulls.")
     assert len({len(line) for line in lines[:1] + lines[2:4]}) == 1
     assert "0.780 [.760,.800]" in lines[2]
     assert "0.1234 [.1034,.1434]" in lines[2]
@@ -130,3 +131,16 @@ def test_single_seeds_far_from_their_mean_are_inside_the_axes(panel: Panel) -> N
     low, high = axes.get_ylim()
     assert low < -4.0
     assert high >= 1.0
+
+
+def test_probes_have_a_table_of_their_own_with_the_chance_level_above_them() -> None:
+    row = a_row("tc16", 0, 0.5)
+    assert "Probes" not in table(evaluation_of(row))
+    row.estimates["probe_topic_chance"] = Estimate("chance", "1", 0.2, None, None, 60, None, "known")
+    row.estimates["probe_topic_H_k20"] = Estimate("topic", "1", 0.76, 0.66, 0.83, 60, "bca", None)
+    row.estimates["probe_source_chance"] = Estimate("chance", "1", None, None, None, 0, None, "one source")
+    lines = table(evaluation_of(row)).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.split()[:3] == ["arm", "seed", "topic"])
+    assert lines[at + 2].split() == ["chance", "-", "0.20"]
+    assert lines[at + 3].split() == ["tc16", "0", "0.76", "[.66,.83]"]
+    assert max(map(len, lines)) <= WIDTH

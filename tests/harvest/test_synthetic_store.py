@@ -99,7 +99,7 @@ def test_rows_do_not_depend_on_where_chunks_begin(synthetic, synthetic_config, t
 
 def test_another_corpus_is_refused_on_resuming_and_so_is_another_rounding(copy, synthetic_config):
     changed = replace(synthetic_config, store=copy, resume=True, corpus=f"{CORPUS},seed=3")
-    with pytest.raises(StoreMismatch, match="truth: begun with"):
+    with pytest.raises(StoreMismatch, match="begun with other parameters: seed: begun with 0, now 3; resume"):
         harvest(changed)
     next((copy / "activations" / "synthetic" / "c").iterdir()).joinpath("0").unlink()
     edit_root(copy, first_batch_sha256="0" * 64)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
 import zarr
+from numcodecs.zstd import Zstd
 
 from tcsae.store import ActivationStore, StoreWriter, codecs
+from tcsae.store.chunks import chunk_path, read_chunk
 from tcsae.store.copy import copy_store
 from tcsae.store.errors import StoreCorrupt, UnknownName
 from tcsae.store.verify import verify
@@ -78,6 +81,72 @@ def test_a_body_cut_short_is_an_error_not_zeros(name):
     codec = codecs.make_codec(name, "float16", codecs.fit(name, rows, "float16"))
     with pytest.raises(ValueError, match=r"\w"):
         codec.decode(codec.encode(rows)[:-100], *rows.shape)
+
+
+@pytest.mark.parametrize("n", [4, 12], ids=["too few values", "too many values"])
+def test_uniform_refuses_a_part_of_another_size_whose_compression_is_sound(n):
+    # what memory held before must not come back as activations where a part is too short
+    def part(size):
+        return np.frombuffer(Zstd(level=1).encode(np.ones(size, np.uint8)), np.uint8)
+
+    length, factors = np.array([part(n).size], "<u4").view(np.uint8), np.ones(2, np.float32).view(np.uint8)
+    codec = codecs.Uniform("float16", 0.5, (0.0,) * 4)
+    with pytest.raises(ValueError, match="ZSTD"):
+        codec.decode(np.concatenate([length, factors, part(n), part(8)]), 2, 4)
+
+
+def altered(good: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """A chunk's body made into nonsense in one of six ways."""
+    body, size = good.copy(), len(good)
+
+    def noise(n: int) -> np.ndarray:
+        return draw.integers(0, 256, n, dtype=np.uint8)
+
+    match draw.integers(6):
+        case 0:
+            return noise(draw.integers(2 * size))
+        case 1:
+            return body[: draw.integers(size)]
+        case 2:
+            body[draw.integers(0, size, 3)] = noise(3)
+        case 3:  # headers and lengths
+            body[draw.integers(0, min(size, 64), 3)] = noise(3)
+        case 4:
+            body[draw.integers(size) :] = draw.integers(256)
+        case _:
+            at = draw.integers(size)
+            return np.concatenate([body[:at], noise(draw.integers(1, 30)), body[at:]])
+    return body
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["lossless", "int8", "uniform"])
+def test_nonsense_under_a_good_checksum_is_named_or_decodes_to_finite_rows(
+    make_provenance, tmp_path, name, dtype
+):
+    # Whoever writes nonsense may write its checksum too. Flipped codes are other numbers, which nothing can tell;
+    # whatever else is wrong must be the store's own error.
+    rows = stream(300, 16).to(codecs.TORCH_DTYPES[dtype])
+    configuration = codecs.fit(name, rows, dtype)
+    made = make_provenance(
+        codec=name, codec_configuration={HOOK: configuration}, dtype=dtype, d_model=16, rows_per_chunk=300
+    )
+    good = codecs.make_codec(name, dtype, configuration).encode(rows)
+    path, draw, refused = chunk_path(tmp_path, HOOK, 0), np.random.default_rng(0), list[str]()
+    path.parent.mkdir(parents=True)
+    for _ in range(300):
+        body = altered(good, draw)
+        path.write_bytes(body.tobytes() + google_crc32c.value(body.tobytes()).to_bytes(4, "little"))
+        try:
+            found = read_chunk(tmp_path, made, HOOK, 0)
+        except StoreCorrupt as error:
+            refused.append(str(error))
+        else:
+            assert found.shape == (300, 16)
+            assert found.isfinite().all()
+            assert torch.equal(found, read_chunk(tmp_path, made, HOOK, 0))
+    assert len(refused) > 100
+    assert all(said.startswith(f"{path}: ") and "\n" not in said for said in refused)
 
 
 def test_an_unknown_codec_lists_the_known_ones(make_store):

@@ -14,6 +14,7 @@ import torch
 from tcsae.store import ActivationStore, split_of
 from tcsae.store.dataset import Documents
 from tcsae.store.errors import ConfigError, StoreCorrupt, StoreNotFound, UnknownName
+from tcsae.store.mapped import file_pages
 
 LENGTHS = [10, 40, 25, 25] * 10
 
@@ -127,7 +128,9 @@ def test_more_chunks_than_maps_are_kept_are_read_all_the_same(make_store, monkey
 def few_resident(monkeypatch):
     """Maps are given up after every third chunk of 40 bytes; to touch a chunk costs what its bytes are."""
     monkeypatch.setattr("tcsae.store.mapped.RESIDENT_BYTES", 120)
+    monkeypatch.setattr("tcsae.store.mapped.LOOK_BYTES", 0)
     monkeypatch.setattr("tcsae.store.mapped.TOUCHED_BYTES", 0)
+    monkeypatch.setattr("tcsae.store.mapped.file_pages", lambda: None)
 
 
 @pytest.fixture
@@ -146,6 +149,27 @@ def test_a_store_larger_than_what_may_be_resident_is_read_all_the_same(few_resid
             assert ten_chunks.rows(start, start + 5)[:, 1].tolist() == list(range(start, start + 5))
         assert n_mapped(ten_chunks) <= 4
     assert ten_chunks.gather(np.arange(99, -1, -1))[:, 0].tolist() == list(range(99, -1, -1))
+
+
+def test_pages_that_are_resident_count_whatever_was_read_to_bring_them_in(make_store, monkeypatch):
+    # Two rows are read of each chunk; file pages that become resident meanwhile are a whole chunk each time.
+    resident = iter(range(1000, 100_000, 40))
+    monkeypatch.setattr("tcsae.store.mapped.RESIDENT_BYTES", 120)
+    monkeypatch.setattr("tcsae.store.mapped.LOOK_BYTES", 0)
+    monkeypatch.setattr("tcsae.store.mapped.TOUCHED_BYTES", 0)
+    monkeypatch.setattr("tcsae.store.mapped.file_pages", lambda: next(resident))
+    store = make_store(torch.arange(100.0)[:, None].expand(100, 2), [100], rows_per_chunk=10)
+    for start in range(0, 100, 10):
+        assert store.rows(start, start + 2)[:, 0].tolist() == [start, start + 1]
+        assert n_mapped(store) <= 6
+
+
+def test_what_linux_says_is_resident_of_files_grows_with_what_is_touched_of_a_map(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**25))
+    before, mapped = file_pages(), np.memmap(path, mode="r")
+    assert int(mapped.sum()) == 0
+    assert file_pages() - before >= 2**25
 
 
 def test_a_view_outlives_the_map_that_it_was_taken_from(few_resident, ten_chunks):
@@ -167,6 +191,50 @@ def test_a_chunk_that_is_mapped_again_is_verified_again_only_if_its_file_is_anot
         ten_chunks.rows(0, 1)
     path.write_bytes(good)
     assert ten_chunks.rows(1, 2)[0, 0] == 1
+
+
+def test_a_gather_maps_nothing_and_keeps_no_file_open(ten_chunks):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    wanted = np.random.default_rng(0).permutation(100)
+    assert ten_chunks.gather(wanted)[:, 1].tolist() == wanted.tolist()
+    assert n_mapped(ten_chunks) == 0
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_gather_into_given_memory_fills_all_of_it(store, rows):
+    wanted = np.array([5, 6, 7, 299, 300, 301, 6, 999, 0])
+    out = torch.full((9, 16), torch.nan, dtype=torch.float16)
+    assert store.gather(wanted, out=out) is out
+    assert torch.equal(out, rows[wanted])
+    assert store.gather(np.array([], dtype=np.int64)).shape == (0, 16)
+
+
+def test_token_ids_of_rows_come_through_a_map_that_is_given_up_again(store):
+    def n_maps():
+        return Path("/proc/self/maps").read_text().count(f"{store.path}/tokens/")
+
+    before, wanted = n_maps(), np.array([999, 3, 3, 500])
+    assert store.tokens_at(wanted).tolist() == [int(store.tokens[row]) for row in wanted]
+    assert n_maps() == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        pytest.param(lambda good: good[:30], "expected 44 bytes, got 30", id="cut short"),
+        pytest.param(lambda good: bytes([good[0] ^ 1]) + good[1:], "CRC-32C", id="a flipped bit"),
+    ],
+)
+def test_a_gather_names_a_chunk_that_was_damaged_after_it_was_verified(ten_chunks, spoil, match):
+    ten_chunks.gather(np.arange(100))
+    path = ten_chunks.path / "activations" / ten_chunks.hooks[0] / "c" / "3" / "0"
+    good = path.read_bytes()
+    path.write_bytes(spoil(good))
+    assert ten_chunks.gather(np.arange(30))[29, 0] == 29
+    with pytest.raises(StoreCorrupt, match=f"c/3/0: {match}"):
+        ten_chunks.gather(np.arange(25, 35))
+    path.write_bytes(good)
+    assert ten_chunks.gather(np.arange(25, 35))[:, 0].tolist() == list(range(25, 35))
 
 
 def test_mapped_chunks_hold_no_file_open(ten_chunks):

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,6 +137,8 @@ def test_the_cache_keeps_below_its_limit_and_lets_the_oldest_go(store, serve, ca
 def few_resident(monkeypatch):
     """Maps are given up at every second chunk."""
     monkeypatch.setattr("tcsae.store.mapped.RESIDENT_BYTES", 9600)
+    monkeypatch.setattr("tcsae.store.mapped.LOOK_BYTES", 0)
+    monkeypatch.setattr("tcsae.store.mapped.file_pages", lambda: None)
 
 
 def test_readers_that_share_a_cache_verify_each_chunk_once_each(store, serve, few_resident, monkeypatch):
@@ -171,6 +174,19 @@ def test_a_chunk_that_is_removed_just_before_it_is_mapped_again_is_fetched_again
     monkeypatch.setattr("tcsae.store.mapped.map_chunk", remove_first)
     assert torch.equal(opened.rows(0, 100), store.rows(0, 100))
     assert len(removed) == 1
+
+
+def test_a_gather_fetches_a_chunk_that_was_removed_again_and_counts_as_use(store, serve, cache):
+    opened, wanted = ActivationStore.open(f"{serve().url}/store.zarr"), np.array([7, 999, 8, 350])
+    assert torch.equal(opened.gather(wanted), store.gather(wanted))
+    first, last = chunks_in(cache)[0], chunks_in(cache)[-1]
+    changed = first.stat().st_mtime_ns
+    later = changed + 3600 * 10**9
+    os.utime(first, ns=(later, changed))
+    last.unlink()
+    assert torch.equal(opened.gather(wanted), store.gather(wanted))
+    assert chunks_in(cache)[-1] == last
+    assert first.stat().st_atime_ns < later
 
 
 def test_a_chunk_that_is_mapped_again_counts_as_used(store, serve, cache, few_resident):

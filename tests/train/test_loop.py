@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +451,17 @@ def test_a_dry_run_counts_and_writes_nothing(
     assert (found.steps, found.tokens) == (40, 5120)
     assert found.seconds == pytest.approx(40 * found.seconds_per_step)
     assert found.memory_bytes > 1e6
+    assert found.notes == []
+
+
+def test_a_dry_run_says_whose_time_is_an_upper_bound(
+    sticky_store: ActivationStore, small_config: ConfigFactory
+) -> None:
+    config = small_config()
+    standard = replace(config.arms[0], name="relu", architecture="standard", sparsity_weight=0.1)
+    (note,) = dry_run(sticky_store, replace(config, arms=(*config.arms, standard))).notes
+    assert note.startswith("relu: ")
+    assert "upper bounds" in note
 
 
 def test_the_figure_is_drawn_for_many_arms_and_for_none_with_a_block(

@@ -96,7 +96,8 @@ def write_folder(
             pq.write_table(pa.table(dict(one.features)), path)
         rows.append(Row(name, one.arm, one.seed, 8, estimates, draws, origin))
     known = {
-        "tcsae": "0.1.0", "result_version": RESULT_VERSION, "store": "store-1", "model": "tiny", "model_sha256": "0" * 64,
+        "tcsae": "0.1.0", "result_version": RESULT_VERSION, "store": "store-1", "model": "tiny",
+        "model_sha256": "0" * 64,
         "hooks": ["blocks.1.hook_resid_post"], "split": "test", "n_bootstrap": N_DRAWS, "seed": seed, "suites": suites,
         "n_documents": 40, "n_tokens": 1000, "max_tokens": 500,
     }  # fmt: skip

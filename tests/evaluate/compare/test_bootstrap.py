@@ -129,9 +129,9 @@ def test_a_figure_that_does_not_vary_has_neither_interval_nor_p() -> None:
     ("n_seeds", "of_seeds", "of_documents", "of_both"),
     [
         pytest.param(5, 0.3, 1.0, 1.0, id="five seeds, both levels"),
-        pytest.param(5, 1.0, 0.1, 0.1, id="five seeds, which vary most"),
-        pytest.param(5, 0.0, 1.0, 1.0, id="five seeds that do not vary"),
-        pytest.param(1, 0.0, 1.0, 1.0, id="one seed"),
+        pytest.param(5, 1.0, 0.1, 0.1, id="five seeds, which vary most", marks=pytest.mark.slow),
+        pytest.param(5, 0.0, 1.0, 1.0, id="five seeds that do not vary", marks=pytest.mark.slow),
+        pytest.param(1, 0.0, 1.0, 1.0, id="one seed", marks=pytest.mark.slow),
     ],
 )
 def test_intervals_cover_as_often_as_they_say(
