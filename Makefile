@@ -25,11 +25,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# after make demo, whose SAEs the evaluation is timed on
 bench: $(STAMP)
 	$(BIN)/python -P benchmarks/store.py
 	$(BIN)/python -P benchmarks/harvest.py
 	$(BIN)/python -P benchmarks/train.py
 	$(BIN)/python -P benchmarks/memory.py
+	$(BIN)/python -P benchmarks/evaluate.py --run demo/run --store demo/store.zarr
+	$(BIN)/python -P benchmarks/synthetic.py bench-synthetic
 
 # torch goes first, by itself: asked for as a dependency it could bring another build than the pinned one.
 # The model's, the corpus' and the tokenizer's packages are read as data; what they would drag in is not needed.
