@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 
 from tcsae.evaluate import EvaluateConfig, evaluate
 from tcsae.harvest.locate import locate
@@ -57,7 +58,9 @@ class Deviation(NamedTuple):
     """figures beyond the bar"""
 
 
-def random_saes(model: LanguageModel, hook: str, rows: np.ndarray[Any, Any], d_sae: int) -> list[SAE]:
+def random_saes(
+    model: LanguageModel, hook: str, rows: Int64[np.ndarray, "row position"], d_sae: int
+) -> list[SAE]:
     """A ReLU, a TopK and a JumpReLU SAE about the mean of the model's activations."""
     ids = torch.from_numpy(rows)
     x = model.residuals(ids, [hook])[hook][:, 1:].flatten(0, 1)
@@ -177,7 +180,7 @@ def report(title: str, found: dict[str, list[Deviation]]) -> None:
     )
 
 
-def random_rows(model: LanguageModel, n_rows: int) -> np.ndarray[Any, Any]:
+def random_rows(model: LanguageModel, n_rows: int) -> Int64[np.ndarray, "row position"]:
     """Rows of random tokens, BOS in front, a special token inside every fourth."""
     rows = np.random.default_rng(0).integers(10, 50_000, size=(n_rows, CONTEXT))
     assert model.bos_token_id is not None
@@ -186,7 +189,7 @@ def random_rows(model: LanguageModel, n_rows: int) -> np.ndarray[Any, Any]:
     return rows
 
 
-def text_rows(model: LanguageModel, n_rows: int, folder: Path) -> np.ndarray[Any, Any]:
+def text_rows(model: LanguageModel, n_rows: int, folder: Path) -> Int64[np.ndarray, "row position"]:
     """Rows of real text: documents one after the other, BOS in front of each row."""
     write_corpus(folder / "corpus.jsonl", n_documents=400)
     lines = (folder / "corpus.jsonl").read_text("utf-8").splitlines()

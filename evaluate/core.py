@@ -33,6 +33,7 @@ from tcsae.evaluate.estimates import Draws, Estimate, Metric, SuiteResult, estim
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.intervals import MAX_UNITS, Array, bootstrap, resample_counts
 from tcsae.evaluate.reconstruction import Gathered
+from tcsae.store.interrupt import stop_on_signal
 from tcsae.train.sae.inference import SAE
 
 NO_PREDICTION = "no kept token is followed by a kept token"
@@ -108,19 +109,27 @@ def reconstruction_part(
             draws.pop(name, None)
     for part, members in parts.items():
         name = f"dead_fraction{part}"
-        share = float(members.mean()) if len(members) else None
-        estimates[name] = Estimate.count(name, "fraction of features", share, n_documents, NO_INTERVAL)
+        share, reason = float(members.mean()) if len(members) else None, NO_INTERVAL
+        if not found.n_kept:
+            share, reason = None, f"undefined, because {reconstruction.NO_TOKEN}"
+        estimates[name] = Estimate.count(name, "fraction of features", share, n_documents, reason)
     facts = {
         "n_documents": n_documents,
         "n_kept": found.n_kept,
         "n_outliers_left_out": found.n_outliers,
-        "density_of_all_features": {
-            "mean": float(found.firings.mean() / max(found.n_kept, 1)),
-            "over_1_percent": float(np.mean(found.firings > 0.01 * found.n_kept)),
-            "over_10_percent": float(np.mean(found.firings > 0.1 * found.n_kept)),
-        },
+        "density_of_all_features": None if not found.n_kept else _densities(found),
     }
     return estimates, draws, facts
+
+
+def _densities(found: Gathered) -> dict[str, float]:
+    """Mean over all features, and the share of those that fire often; dead ones included."""
+    density = found.firings / found.n_kept
+    return {
+        "mean": float(density.mean()),
+        "over_1_percent": float(np.mean(density > 0.01)),
+        "over_10_percent": float(np.mean(density > 0.1)),
+    }
 
 
 def store_part(
@@ -156,17 +165,23 @@ class CoreResult:
 
 
 def run_replay(replay: Replay, text: ReplayText, checkpoint: ReplayCheckpoint, bar: tqdm[Any]) -> None:
-    """Run what is left of the batches; stopped at any moment, it loses a minute at most."""
+    """Run what is left of the batches; stopped between two of them it loses nothing, killed a minute at most.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        Ctrl-C or SIGTERM, after the batch that was begun; a second one does not wait for it
+    """
     checkpoint.load(replay)
     bar.update(sum(sum(batch.length) for batch in text.batches[: replay.n_batches]))
-    try:
+    with stop_on_signal() as stop:
         for batch in text.batches[replay.n_batches :]:
             replay.add(batch)
             bar.update(sum(batch.length))
             checkpoint.save_if_due(replay)
-    except KeyboardInterrupt:
-        checkpoint.save(replay)
-        raise
+            if stop.requested:
+                checkpoint.save(replay)
+                raise KeyboardInterrupt
     checkpoint.save(replay)
 
 
@@ -215,6 +230,7 @@ def core_result(
             **text.facts,
         },
         "undefined": undefined,
+        "undefined_details": saebench.undefined_details(featurewise),
     }
     return CoreResult(
         SuiteResult(print_, {**estimates, **more}, {**draws, **more_draws}, facts),

@@ -260,18 +260,21 @@ def by_category(figures: dict[str, float]) -> tuple[dict[str, dict[str, float]],
     return metrics, undefined
 
 
+FEATUREWISE = {
+    "consistent_activation_heuristic": "the feature never fires",
+    "encoder_bias": "the bias is not finite",
+    "encoder_decoder_cosine_sim": "the feature's encoder or decoder is zero",
+    "encoder_norm": "the encoder is not finite",
+    "feature_density": "no token is kept",
+    "max_decoder_cosine_sim": "there is no other feature",
+    "max_encoder_cosine_sim": "there is no other feature",
+}
+"""Fields of ``eval_result_details``, and when each is undefined."""
+
+
 def details(featurewise: dict[str, Float[Tensor, " feature"]]) -> list[dict[str, Any]]:
     """``eval_result_details``: one object a feature, rounded to 10 decimals, -1 for what is not finite."""
-    names = (
-        "consistent_activation_heuristic",
-        "encoder_bias",
-        "encoder_decoder_cosine_sim",
-        "encoder_norm",
-        "feature_density",
-        "max_decoder_cosine_sim",
-        "max_encoder_cosine_sim",
-    )
-    columns = {name: featurewise[name].tolist() for name in names}
+    columns = {name: featurewise[name].tolist() for name in FEATUREWISE}
     return [
         {
             "index": at,
@@ -282,6 +285,16 @@ def details(featurewise: dict[str, Float[Tensor, " feature"]]) -> list[dict[str,
         }
         for at in range(len(featurewise["feature_density"]))
     ]
+
+
+def undefined_details(featurewise: dict[str, Float[Tensor, " feature"]]) -> dict[str, dict[str, Any]]:
+    """For each field of `details` with a -1 that stands for no figure: of how many features, and why."""
+    n_undefined = {name: int((~torch.isfinite(featurewise[name])).sum()) for name in FEATUREWISE}
+    return {
+        name: {"n_features": n, "reason": f"undefined, because {FEATUREWISE[name]}"}
+        for name, n in n_undefined.items()
+        if n
+    }
 
 
 def rows_of(keep: Bool[Tensor, "batch position"]) -> Int64[Tensor, " kept"]:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as an error of the package, with what the user can do next."""
+"""Ctrl-C and SIGTERM: as an error of the package that says what to do next, or as a request for later.
+
+`interruptible` is for work that may stop anywhere, `stop_on_signal` for work that is whole only between its steps.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +31,40 @@ def interruptible(message: str) -> Iterator[None]:
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+class Stop:
+    """Whether somebody has asked the process to stop."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """name of the signal, or None"""
+
+
+@contextmanager
+def stop_on_signal(*, once: bool = True) -> Iterator[Stop]:
+    """Within the block the first SIGINT or SIGTERM only sets ``stop.requested``; a second one acts as usual.
+
+    Without ``once`` no number of them acts as usual: torchrun passes a Ctrl-C on to processes that have had it
+    from the terminal, and ends those itself that do not stop.
+
+    Outside the main thread Python cannot catch signals, and nothing is changed.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, _: FrameType | None) -> None:
+        stop.requested = signal.Signals(number).name
+        if once:
+            signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

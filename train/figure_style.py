@@ -124,7 +124,7 @@ def explain(figure: Figure, handles: Sequence[Any], labels: Sequence[str], text:
 def title_place(title: str) -> Literal["center", "right"]:
     """Where the title of one of three panels stands: a long one is wider than its panel and reaches over the label of
     its y axis."""
-    return "right" if len(title) > 13 else "center"
+    return "right" if len(title) > 12 else "center"
 
 
 def legend_columns(labels: Sequence[str]) -> int:

@@ -12,9 +12,9 @@ import torch
 from tcsae.store import ActivationStore
 from tcsae.store.device import choose_device
 from tcsae.store.errors import ConfigError, Interrupted
+from tcsae.store.interrupt import stop_on_signal
 from tcsae.train.checkpoint import checkpoints, load_checkpoint
 from tcsae.train.config import TrainConfig
-from tcsae.train.interrupt import stop_on_signal
 from tcsae.train.run import Run, own_config, set_status, writing
 from tcsae.train.training import Training
 from tcsae.train.world import World, joined

@@ -257,7 +257,7 @@ class _ByDocument:
     def pairs(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Index pairs (query, key) of one document, given the keys' documents.
 
-        As a join, since comparing each with each took a tenth of the term where most documents are in the ring.
+        A join: its work grows with the pairs that it finds, not with queries times keys.
 
         >>> [each.tolist() for each in _ByDocument(torch.tensor([7, 5, 7])).pairs(torch.tensor([7, 6, 5]))]
         [[0, 2, 1], [0, 0, 2]]

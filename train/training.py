@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError, Interrupted, RunMismatch, TrainingCollapsed
+from tcsae.store.interrupt import Stop
 from tcsae.store.progress import progress
 from tcsae.store.spec import TORCH_DTYPES
 from tcsae.train.arm import Arm, Surroundings
@@ -34,7 +35,6 @@ from tcsae.train.checkpoint import (
 )
 from tcsae.train.collapse import CollapseWatch, Watched
 from tcsae.train.config import TrainConfig
-from tcsae.train.interrupt import Stop
 from tcsae.train.median import SAMPLE_TOKENS, geometric_median
 from tcsae.train.metrics import MACHINE, MACHINE_FILE, METRICS, METRICS_FILE, Log
 from tcsae.train.pairs import AskedPairs, Pairs, asked_pairs, sample_pairs

@@ -182,10 +182,13 @@ def _log_l0(axes: Axes) -> None:
     """A log axis whose ticks are read as what they are."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    nice = [m * 10**e for e in range(-1, 4) for m in (1, 2, 5)]
-    ticks = [tick for tick in nice if low <= tick <= high]
-    if len(ticks) < 2:
-        ticks = [round(float(tick), 1) for tick in np.geomspace(low * 1.05, high / 1.05, 3)]
+    ticks: list[float] = []
+    for nice in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [tick for e in range(-1, 4) for m in nice if low <= (tick := m * 10.0**e) <= high]
+        if len(ticks) > 1:
+            break
+    else:
+        ticks = [float(f"{tick:.3g}") for tick in np.geomspace(low * 1.02, high / 1.02, 2)]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     axes.xaxis.set_minor_locator(NullLocator())

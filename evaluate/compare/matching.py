@@ -308,7 +308,7 @@ class _Curve:
 def _between(y: tuple[Any, Any], x: tuple[Any, Any], at: Any) -> Any:
     """Linear in log x, for numbers and arrays alike.
 
-    >>> float(_between((0.0, 1.0), (10.0, 1000.0), 100.0))
+    >>> round(float(_between((0.0, 1.0), (10.0, 1000.0), 100.0)), 6)
     0.5
     """
     share = (np.log(at) - np.log(x[0])) / (np.log(x[1]) - np.log(x[0]))

@@ -198,7 +198,11 @@ class Examination:
                     return [one.letter for one in self._answer(asked, order, with_question)]
 
                 found.append(known_questions(file.questions, ask, bar.update))
-        body: dict[str, Any] = {"fingerprint": print_, "model": self._model.name, "prompts": self._prompter.template}
+        body: dict[str, Any] = {
+            "fingerprint": print_,
+            "model": self._model.name,
+            "prompts": self._prompter.template,
+        }
         for side, file, known in zip(("forget", "retain"), self._files, found, strict=True):
             body[side] = {"file": file.path.name, "sha256": file.sha256, "known": asdict(known)}
             log.info(

@@ -92,7 +92,7 @@ def strata_of(is_forget: Sequence[Bool[np.ndarray, " document"]]) -> Int64[np.nd
     """Number of each document's stratum: the forget domains that it is in.
 
     >>> strata_of([np.array([True, True, False]), np.array([False, True, False])]).tolist()
-    [2, 3, 0]
+    [1, 3, 0]
     """
     strata: Indices = np.zeros(len(is_forget[0]), dtype=np.int64)
     for at, members in enumerate(is_forget):

@@ -195,12 +195,13 @@ def test_note_and_caption_name_the_replayed_documents(
     assert f"spliced in, on {replayed} of them" in " ".join(table(found).split())
 
 
-def test_the_figure_is_a_png_with_three_panels_worth_of_width(evaluation: Evaluation) -> None:
+def test_the_figure_is_a_png_of_one_columns_width_and_wider_than_high(evaluation: Evaluation) -> None:
     assert evaluation.figure is not None
     header = evaluation.figure.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(header[a : a + 4]) for a in (16, 20))
-    assert width > 2 * height
+    assert width == int(85 / 25.4 * 450)  # 85 mm at 450 dots an inch
+    assert width > height
 
 
 # Resuming ----------------------------------------------------------------------------------------------

@@ -199,6 +199,12 @@ def test_details_are_rounded_to_ten_decimals_and_a_dead_heuristic_is_minus_one()
     assert only.keys() == {"index", *names}
     assert only["encoder_norm"] == 0.3333333333
     assert only["consistent_activation_heuristic"] == -1
+    assert saebench.undefined_details(columns) == {
+        "consistent_activation_heuristic": {
+            "n_features": 1,
+            "reason": "undefined, because the feature never fires",
+        }
+    }
 
 
 def test_scores_of_hand_made_losses() -> None:

@@ -47,7 +47,9 @@ def out(neox_store: ActivationStore, tmp_path: Path) -> Path:
     return config.out
 
 
-def test_an_evaluation_says_of_each_sae_what_a_comparison_needs(out: Path) -> None:
+def test_a_real_evaluation_holds_what_a_comparison_needs_and_the_command_writes_every_figure(
+    out: Path,
+) -> None:
     folders = read_folders([out])
     assert [(one.arm, one.seed) for one in folders.saes] == [
         ("block", 0),
@@ -65,8 +67,6 @@ def test_an_evaluation_says_of_each_sae_what_a_comparison_needs(out: Path) -> No
         assert (one.tokens["fvu"] or 0) > 500
         assert (one.tokens["loss_recovered"] or 0) <= 200
 
-
-def test_the_command_compares_a_run_and_writes_every_figure_that_it_can(out: Path) -> None:
     report = out.parent / "report"
     command = [sys.executable, "-P", "-m", "tcsae.cli", "compare", str(out), "--report", str(report)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -83,6 +83,7 @@ def test_the_command_compares_a_run_and_writes_every_figure_that_it_can(out: Pat
     assert features["changes"]
 
 
+@pytest.mark.slow
 def test_without_its_run_an_evaluation_is_still_compared(out: Path) -> None:
     shutil.rmtree(out.parent / "run")
     found = compare([out], out.parent / "report", n_resamples=1000)
