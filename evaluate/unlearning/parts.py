@@ -46,7 +46,7 @@ class Parts:
         if not path.is_file():
             return None
         try:
-            with np.load(path) as kept:
+            with np.load(io.BytesIO(path.read_bytes())) as kept:
                 settings = [
                     Setting(**(fields | {"features": tuple(fields["features"])}))
                     for fields in json.loads(str(kept["settings"]))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,9 +21,12 @@ from tcsae.store.errors import ConfigError
 from tcsae.train.sae.inference import SAE
 from tcsae.train.saelens import save_sae
 
-from .conftest import HOOK, made_by
+from .conftest import made_by
 
 StoreFactory = Callable[..., ActivationStore]
+
+HOOK = "blocks.0.hook_resid_pre"
+"""the tokens themselves: above the first block, the last position may know the answer already"""
 
 HEAD = ["The", "following", "are", "multiple", "choice", "questions", "(", "with", "answers", ")", "about"]
 RIGHT = {"biology": [f"b{i}" for i in range(6)], "sums": [f"o{i}" for i in range(6)]}
@@ -52,10 +54,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("answers")
     config = GPTNeoXConfig(
         vocab_size=len(WORDS),
-        hidden_size=32,
+        hidden_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
-        intermediate_size=64,
+        intermediate_size=128,
         max_position_embeddings=64,
         bos_token_id=0,
         eos_token_id=0,
@@ -112,29 +114,39 @@ def write_questions(path: Path, subject: str, n: int, *, right: str | None = Non
 
 @pytest.fixture
 def asked(trained: Trained, make_store: StoreFactory, tmp_path: Path) -> EvaluateConfig:
-    """An SAE whose feature 0 fires on the right choices of biology alone, and documents that show it.
-
-    Documents with an even number hold those words, those with an odd number any others.
+    """Documents that are prompts, those with an even number on biology, and an SAE whose feature 0 fires on
+    the right choices of biology alone; clamped below 0 it makes them look like wrong ones.
     """
-    generator = np.random.default_rng(0)
-    model = trained.model
-    biology, others = _ids(RIGHT["biology"]), _ids([*RIGHT["sums"], *WRONG, *HEAD, "A", "B", "sums", "."])
-    texts = [generator.choice(biology if i % 2 == 0 else others, size=10) for i in range(40)]
-    ids = torch.tensor(np.array([[0, *text] for text in texts]))
+    model, chance = trained.model, random.Random(1)
+    biology = _ids(RIGHT["biology"])
+    prompts = [_answered_prompt(chance) for _ in range(200)]
+    is_biology = [any(token in biology for token in prompt) for prompt in prompts]
+    of_either = [
+        [one for one, on_topic in zip(prompts, is_biology, strict=True) if on_topic == wanted]
+        for wanted in (True, False)
+    ]
+    ids = torch.tensor([of_either[i % 2][i // 2] for i in range(80)])
     x = model.residuals(ids, [HOOK])[HOOK][:, 1:].clone().flatten(0, 1)
-    store = make_store(x, [10] * 40, context_rows=10, tokens=np.concatenate(texts), **made_by(model))
-    is_even = (torch.arange(len(x)) // 10 % 2 == 0).double()
+    tokens = ids[:, 1:].flatten()
+    n = ids.shape[1] - 1
+    store = make_store(
+        x, [n] * 80, context_rows=n, tokens=tokens.numpy(), **(made_by(model) | {"hooks": (HOOK,)})
+    )
+    right, wrong = (torch.isin(tokens, torch.tensor(words)) for words in (biology, _ids(WRONG)))
     with_one = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
-    weight = torch.linalg.lstsq(with_one, is_even[:, None]).solution[:-1, 0].float()
-    threshold = (x @ weight)[is_even == 0].max() + 1e-3
+    # fewer words than dimensions: a feature can tell the right ones from all others
+    weight = torch.linalg.lstsq(with_one, right.double()[:, None]).solution[:-1, 0].float()
+    threshold = (x @ weight)[~right].max() + 1e-3
     noise = torch.Generator().manual_seed(2)
-    W_dec = torch.nn.functional.normalize(torch.randn(9, 32, generator=noise), dim=1)
+    W_dec = torch.nn.functional.normalize(torch.randn(9, 64, generator=noise), dim=1)
+    # the smallest of SAEBench's multipliers takes a right choice to where the wrong ones are
+    W_dec[0] = (x[right].mean(dim=0) - x[wrong].mean(dim=0)) / ABSOLUTE[0]
     sae = SAE(
         architecture="standard",
-        W_enc=torch.cat([weight[:, None], torch.randn(32, 8, generator=noise)], dim=1),
+        W_enc=torch.cat([weight[:, None], torch.randn(64, 8, generator=noise)], dim=1),
         b_enc=torch.cat([-threshold[None], torch.zeros(8)]),
         W_dec=W_dec,
-        b_dec=torch.zeros(32),
+        b_dec=torch.zeros(64),
         name="planted-s0",
         metadata={"model_name": model.name, "hook_name": HOOK},
     )
@@ -146,7 +158,7 @@ def asked(trained: Trained, make_store: StoreFactory, tmp_path: Path) -> Evaluat
         suites=("unlearning",),
         split="all",
         forget=("even",),
-        domain_tokens=400,
+        domain_tokens=600,
         questions_forget=write_questions(tmp_path / "biology.jsonl", "biology", 12),
         questions_retain=write_questions(tmp_path / "sums.jsonl", "sums", 12),
         n_bootstrap=100,
