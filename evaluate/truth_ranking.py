@@ -105,6 +105,7 @@ class Ranking:
             "over_features": {
                 sae: [asdict(one) for one in found] for sae, found in self.over_features.items()
             },
+            "over_true_features": [asdict(one) for one in self.over_true_features],
         }
 
 
