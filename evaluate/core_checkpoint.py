@@ -43,7 +43,8 @@ class ReplayCheckpoint:
         if not self._path.is_file():
             return
         try:
-            with np.load(self._path, allow_pickle=False) as file:
+            # opened here, since numpy leaves the file open if it is no archive
+            with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 prints = json.loads(str(file["prints"]))
                 if not set(self._prints) <= set(prints):
                     return

@@ -33,11 +33,12 @@ def evaluated(tmp_path: Path, neox: LanguageModel, make_store: StoreFactory) -> 
             torch.cat(x),
             [len(tokens) for tokens in documents],
             tokens=np.concatenate(documents),
+            name=f"of-{len(documents)}.zarr",
             **made_by(neox),
         )
         config = EvaluateConfig(
             saes=(Path("sae"),),
-            out=tmp_path / "out",
+            out=tmp_path / f"out-of-{len(documents)}",
             store=store.path,
             suites=("core",),
             split="all",
