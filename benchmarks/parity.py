@@ -58,6 +58,28 @@ class Deviation(NamedTuple):
     """figures beyond the bar"""
 
 
+class Firings(NamedTuple):
+    """How far the counts behind feature_density differ, which are whole numbers."""
+
+    n_features: int
+    """features whose count differs"""
+    most: int
+    """firings by which one does, at most"""
+    n_kept: int
+    """tokens that are counted"""
+
+
+class Compared(NamedTuple):
+    """Some SAEs here and in SAEBench."""
+
+    deviations: dict[str, list[Deviation]]
+    """by SAE"""
+    firings: dict[str, Firings]
+    """by SAE"""
+    versions: dict[str, str]
+    """of SAEBench and what it computes with"""
+
+
 def random_saes(
     model: LanguageModel, hook: str, rows: Int64[np.ndarray, "row position"], d_sae: int
 ) -> list[SAE]:
@@ -86,15 +108,24 @@ def random_saes(
     ]
 
 
+def firings_that_differ(ours: dict[str, Any], theirs: dict[str, Any]) -> Firings:
+    """Where rounding puts an activation on the other side of a threshold, or ties of a top-k, a count differs."""
+    n_kept = ours["eval_result_unstructured"]["tcsae"]["replay"]["n_kept"]
+    mine = np.array([one["feature_density"] for one in ours["eval_result_details"]])
+    differ = np.rint(np.abs(mine - np.array(theirs["features"]["feature_density"])) * n_kept)
+    return Firings(int((differ > 0).sum()), int(differ.max()), n_kept)
+
+
 def compare(
     python: str,
     model: Path | str,
     folders: Sequence[Path],
     rows: Path,
     out: Path,
-    batch_size: int = BATCH_SIZE,
-) -> tuple[dict[str, list[Deviation]], dict[str, str]]:
-    """Evaluate the SAEs of ``folders`` here and by SAEBench; deviations by SAE, and SAEBench's versions.
+    *,
+    reuses: bool = False,
+) -> Compared:
+    """Evaluate the SAEs of ``folders`` here and by SAEBench; with ``reuses`` its figures may be an earlier call's.
 
     Raises RuntimeError with its last lines if SAEBench fails.
     """
@@ -105,7 +136,7 @@ def compare(
             tokens=rows,
             model=str(model),
             suites=("core",),
-            batch_size=batch_size,
+            batch_size=BATCH_SIZE,
             device="cpu",
         )
     )
@@ -113,21 +144,22 @@ def compare(
         "model": str(locate(str(model)).folder),
         "saes": [str(folder) for folder in folders],
         "rows": str(rows),
-        "batch_size": batch_size,
+        "batch_size": BATCH_SIZE,
         "threads": torch.get_num_threads(),
         "out": str(out / "saebench.json"),
     }
-    ran = subprocess.run(
-        [python, "-P", str(PEER), json.dumps(asked)], capture_output=True, text=True, check=False
-    )
-    if ran.returncode:
-        raise RuntimeError("SAEBench failed: " + "\n".join(ran.stderr.splitlines()[-15:]))
+    if not (reuses and (out / "saebench.json").is_file()):
+        command = [python, "-P", str(PEER), json.dumps(asked)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise RuntimeError("SAEBench failed: " + "\n".join(ran.stderr.splitlines()[-15:]))
     theirs = json.loads((out / "saebench.json").read_text())
-    found = {}
+    found, firings = {}, {}
     for folder, row in zip(folders, ours.rows, strict=True):
         body = json.loads((out / "core" / f"{row.sae}.json").read_text())
         found[row.sae] = deviations(body, theirs["saes"][folder.name])
-    return found, theirs["versions"]
+        firings[row.sae] = firings_that_differ(body, theirs["saes"][folder.name])
+    return Compared(found, firings, theirs["versions"])
 
 
 def deviations(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Deviation]:
@@ -157,8 +189,9 @@ def deviations(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Deviation]:
     return found
 
 
-def report(title: str, found: dict[str, list[Deviation]]) -> None:
+def report(title: str, compared: Compared) -> None:
     """One Markdown table: a line a field, a column an SAE."""
+    found = compared.deviations
     print(f"\n### {title}\n")
     print("| field | " + " | ".join(f"{name}: SAEBench | deviation" for name in found) + " |")
     print("|---|" + "---:|---:|" * len(found))
@@ -171,13 +204,20 @@ def report(title: str, found: dict[str, list[Deviation]]) -> None:
             cells += [value, f"{size}{f' ({one.n_beyond} beyond)' if one.n_beyond else ''}"]
         print(f"| {first.field} | " + " | ".join(cells) + " |")
     everything = [one for columns in found.values() for one in columns]
-    compared = [one for one in everything if one.size is not None]
-    worst = max(compared, key=lambda one: one.size or 0.0)
+    finite = [one for one in everything if one.size is not None]
+    scalars = [one for one in finite if one.theirs is not None]
+    worst = max(scalars, key=lambda one: one.size or 0.0)
     print(
-        f"\n{sum(one.n_compared for one in compared):,} figures compared, "
-        f"{sum(one.n_beyond for one in compared)} beyond the bar; the largest deviation is {worst.size:.1e} "
-        f"({worst.field}); {sum(one.size is None for one in everything)} not finite in SAEBench."
+        f"\n{len(scalars)} single figures compared, {sum(one.n_beyond for one in scalars)} beyond the bar; the largest "
+        f"deviation is {worst.size:.1e} ({worst.field}); {sum(one.size is None for one in everything)} not finite in "
+        f"SAEBench. {sum(one.n_compared for one in finite if one.theirs is None):,} featurewise ones, "
+        f"{sum(one.n_beyond for one in finite if one.theirs is None)} beyond the bar."
     )
+    for name, firings in compared.firings.items():
+        print(
+            f"{name}: {firings.n_features} of the counts behind feature_density differ, by at most {firings.most} of "
+            f"{firings.n_kept:,} tokens."
+        )
 
 
 def random_rows(model: LanguageModel, n_rows: int) -> Int64[np.ndarray, "row position"]:
@@ -209,6 +249,11 @@ def main() -> None:
         "--rows", type=int, default=32, help=f"rows of {CONTEXT} tokens, in batches of {BATCH_SIZE}"
     )
     parser.add_argument("--folder", type=Path, help="where files are kept; a temporary folder if left out")
+    parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="take SAEBench's figures that an earlier call has left in --folder",
+    )
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.folder or Path(temporary)
@@ -221,17 +266,18 @@ def main() -> None:
         for sae in random_saes(model, HOOK, rows, d_sae=2048):
             save_sae(sae, folder / sae.name)
             folders.append(folder / sae.name)
-        found, versions = compare(asked.peers_python, shape, folders, folder / "rows.npy", folder / "out")
-        print(", ".join(f"{name} {number}" for name, number in versions.items()))
+        rows_file, out = folder / "rows.npy", folder / "out"
+        found = compare(asked.peers_python, shape, folders, rows_file, out, reuses=asked.reuse)
+        print(", ".join(f"{name} {number}" for name, number in found.versions.items()))
         title = f"Pythia-70m's shape, random weights, {HOOK}, {len(rows)} rows of {CONTEXT}, batches of {BATCH_SIZE}"
         report(title, found)
         if asked.smollm2 is not None:
             model = load_model("smollm2", device="cpu")
             np.save(folder / "text.npy", text_rows(model, asked.rows, folder))
             hook = load_sae(asked.smollm2).metadata["hook_name"]
-            found, _ = compare(
-                asked.peers_python, "smollm2", [asked.smollm2], folder / "text.npy", folder / "smollm2-out"
-            )
+            rows_file, out = folder / "text.npy", folder / "smollm2-out"
+            saes = [asked.smollm2]
+            found = compare(asked.peers_python, "smollm2", saes, rows_file, out, reuses=asked.reuse)
             report(f"SmolLM2-135M, {hook}, {asked.rows} rows of text of {CONTEXT}", found)
 
 

@@ -52,15 +52,20 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Deviation]
     for sae in saes:
         save_sae(sae, folder / sae.name)
     folders = [folder / sae.name for sae in saes]
-    deviations, _ = compare(PYTHON, shape, folders, folder / "rows.npy", folder / "out")
-    return deviations
+    compared = compare(PYTHON, shape, folders, folder / "rows.npy", folder / "out")
+    # rounding may put an activation on the other side of a threshold: a firing more or less, in few features
+    for firings in compared.firings.values():
+        assert firings.most <= 1
+        assert firings.n_features <= 3
+    return compared.deviations
 
 
 @pytest.mark.parametrize("sae", ["relu", "topk", "jumprelu"])
 def test_every_figure_is_saebenchs_wherever_that_is_finite(
     found: dict[str, list[Deviation]], sae: str
 ) -> None:
-    beyond = [one for one in found[sae] if one.n_beyond]
+    counted = ("feature_density", "consistent_activation_heuristic")
+    beyond = [one for one in found[sae] if one.n_beyond > (3 if one.field in counted else 0)]
     assert not beyond, beyond
 
 
