@@ -85,8 +85,9 @@ def test_a_document_of_special_tokens_alone_adds_nothing(
     texts = np.random.default_rng(0).integers(1, VOCAB, size=(6, 10)).tolist()
     (row,) = evaluated([*texts, [0, 0, 0]], an_sae("tc16", 1.0, neox)).rows
     (without,) = evaluated(texts, an_sae("tc16", 1.0, neox)).rows
+    # A batch of another shape may take another kernel of the matrix product: float32's rounding, no more.
     for metric in ("explained_variance", "ce_sae", "kl_sae"):
-        assert row.estimates[metric].value == pytest.approx(without.estimates[metric].value, rel=1e-9)
+        assert row.estimates[metric].value == pytest.approx(without.estimates[metric].value, rel=1e-6)
 
 
 def test_special_tokens_alone_leave_every_figure_undefined(
