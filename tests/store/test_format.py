@@ -13,6 +13,8 @@ import pytest
 import torch
 import zarr
 
+from tcsae.tests.store.damage import chunk, edit_root, flip, swap
+
 
 @pytest.fixture
 def opened(make_store):
@@ -105,18 +107,64 @@ def test_nothing_in_a_store_is_a_pickle_or_a_leftover(opened):
         json.loads(Path(path).read_text())
 
 
-def test_the_reader_in_the_documentation_reads_a_store(make_store):
-    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text("utf-8")
-    code = page.split("```python\n")[1].split("```")[0]
+PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text("utf-8")
+
+
+@pytest.fixture
+def documented():
+    """The function that docs/format.md shows."""
+    code = PAGE.split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) <= 30
+    imported = {line.split()[1] for line in code.splitlines() if line.startswith(("import ", "from "))}
+    assert imported == {"pathlib", "numpy", "zarr"}
     names: dict[str, object] = {}
     exec(compile(code, "docs/format.md", "exec"), names)
-    rows = torch.randn(100, 8, generator=torch.Generator().manual_seed(1))
-    for dtype in ("float16", "bfloat16", "float32"):
-        store = make_store(rows, [30, 70], name=f"{dtype}.zarr", dtype=dtype)
+
+    def read(*arguments):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
-            tokens, activations, line = names["read_document"](str(store.path), 1)
-        np.testing.assert_array_equal(tokens, np.arange(30, 100))
-        np.testing.assert_array_equal(activations, store.document(1).float().numpy())
-        assert line["id"] == "document-1"
+            return names["read_document"](*arguments)
+
+    return read
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_reader_in_the_documentation_reads_a_store(documented, make_store, dtype):
+    rows = torch.randn(700, 8, generator=torch.Generator().manual_seed(1))
+    store = make_store(rows, [30, 670], dtype=dtype, hooks=("a", "b"))  # the second document has three chunks
+    tokens, activations = documented(str(store.path), 1, "b")
+    np.testing.assert_array_equal(tokens, np.arange(30, 700))
+    np.testing.assert_array_equal(activations, store.document(1, "b").float().numpy())
+
+
+def test_the_reader_in_the_documentation_finds_swapped_and_damaged_chunks(documented, make_store):
+    path = make_store(torch.randn(1000, 16), [100] * 10).path
+    swap(path)
+    with pytest.raises(ValueError, match="c/0/0: another chunk's file"):
+        documented(str(path), 0)
+    documented(str(path), 9)
+    flip(chunk(path, 3), 7)
+    with pytest.raises(ValueError, match="[Cc]hecksum"):
+        documented(str(path), 9)
+    edit_root(path, complete=False)
+    with pytest.raises(ValueError, match="not a finished store"):
+        documented(str(path), 9)
+
+
+def test_the_listing_in_the_documentation_names_a_stores_files(make_store):
+    listing = PAGE.split("```console\n")[1].split("```")[0].splitlines()[1:]
+    hook = "blocks.9.hook_resid_post"
+    store = make_store(torch.randn(25 * 300, 16), [100] * 75, hooks=(hook,))
+    found = {str(p.relative_to(store.path)) for p in store.path.rglob("*") if p.is_file()}
+    between = {f"activations/{hook}/c/{number}/0" for number in range(2, 24)}  # the line of three full stops
+    shown = {line.split()[1].removeprefix("store.zarr/") for line in listing if line != "..."}
+    assert listing.count("...") == 1
+    assert shown | between == found
+
+
+def test_every_attribute_is_shown_and_specified(opened):
+    shown = {line.split()[0] for line in PAGE.split("```pycon\n")[1].split("```")[0].splitlines()}
+    specified = PAGE.split("### Attributes of the group")[1].split("`statistics/<hook>`")[0]
+    for name in opened[0].attrs:
+        assert name in shown
+        assert f"`{name}`" in specified
