@@ -32,7 +32,7 @@ from tcsae.evaluate.temporal_pass import SAEEncoder, parts_of_text, temporal_sum
 from tcsae.evaluate.temporal_references import random_directions, random_encoder, threshold_for
 from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter
-from tcsae.store.writer import documents_table
+from tcsae.store.layout import documents_table
 from tcsae.train.sae.inference import SAE
 from tcsae.train.saelens import load_sae
 

@@ -31,8 +31,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
 from tcsae.store.chunks import chunk_path, map_chunk, map_raw
+from tcsae.store.layout import documents_table
 from tcsae.store.mapped import RESIDENT_VARIABLE
-from tcsae.store.writer import documents_table
 
 HOOK = "blocks.0.hook_resid_post"
 CHUNK = 16384

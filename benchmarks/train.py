@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
-from tcsae.store.writer import documents_table
+from tcsae.store.layout import documents_table
 from tcsae.train import ArmConfig, TrainConfig
 from tcsae.train.config import Precision
 from tcsae.train.precision import dtype_for, linear_for

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tcsae.store.spec import Layout
+from tcsae.store.layout import Layout
 
 
 class Batch(NamedTuple):
@@ -56,7 +56,7 @@ def batches_of(layout: Layout, start: int, stop: int, *, batch_tokens: int, has_
 
     Of contexts of 3, 9, 8 and 2 tokens, with 18 tokens a batch, the batches are (9, 8) and (3, 2):
 
-    >>> from tcsae.store.writer import documents_table
+    >>> from tcsae.store.layout import documents_table
     >>> ids = ["a", "b", "c", "d"]
     >>> offsets = np.array([0, 3, 12, 20, 22])
     >>> layout = Layout(np.zeros(22, np.int32), offsets, offsets, documents_table({"id": ids}))

@@ -104,8 +104,8 @@ def boot(folder: Path, precision: Precision, device: torch.device) -> Bare:
 
         try:
             bridge = TransformerBridge.boot_transformers(str(folder), device=str(device), dtype=dtype)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except Exception as error:  # every architecture has errors of its own for files that do not fit it
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ModelNotFound(f"{folder}: TransformerLens cannot load this model: {reason}") from error
         causal = bridge.original_model.eval().requires_grad_(False)
         tokens = probe_tokens(causal.config.get_text_config().vocab_size, device)

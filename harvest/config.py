@@ -8,6 +8,7 @@ from typing import get_args
 
 from tcsae.harvest.synthetic_settings import NAME, is_synthetic
 from tcsae.store.errors import ConfigError
+from tcsae.store.remote import folder_here
 from tcsae.store.spec import Dtype, Precision
 
 BATCH_TOKENS = 2048
@@ -66,6 +67,7 @@ class HarvestConfig:
         return max(BATCH_TOKENS, self.context_length)
 
     def __post_init__(self) -> None:
+        folder_here(self.store)
         for name, allowed in (("dtype", get_args(Dtype)), ("precision", get_args(Precision))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,25 @@ def read_parquet(path: Path) -> Rows:
     """One document a row of a table with a ``text`` column; a row's number counts from 1."""
     try:
         table = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise CorpusError(
-            f"{path}: expected a parquet file, got {str(error).splitlines()[0]}; write it again"
-        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}: expected a parquet file, got {_said(error)}; write it again") from error
     with table:
         columns = table.schema_arrow.names
         if "text" not in columns:
             raise CorpusError(f"{path}: expected a column named text, got {', '.join(columns)}; rename it")
         wanted = [name for name in ("id", "text", "source", "topic") if name in columns]
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=wanted):
-            for row in batch.to_pylist():
+        batches = table.iter_batches(batch_size=1024, columns=wanted)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise CorpusError(
+                    f"{path}: cannot be read beyond row {number} ({_said(error)}); write it again"
+                ) from error
+            for row in rows:
                 number += 1
                 yield to_document(row, f"{path.name}, row {number}", f"{path.name}:{number}", path.name)
 
@@ -65,16 +73,18 @@ def count_parquet(path: Path) -> int | None:
     """Rows of the table; None if it is none, which reading it reports."""
     try:
         return int(pq.read_metadata(path).num_rows)
-    except pa.ArrowInvalid:
+    except (pa.ArrowException, OSError):
         return None
 
 
 def read_folder(folder: Path) -> Rows:
     """One document a .txt file at any depth, in the order of their paths; the path is the id."""
-    for path in sorted(folder.rglob("*.txt"), key=lambda found: found.relative_to(folder).as_posix()):
-        name = path.relative_to(folder).as_posix()
+    found, unreadable = _texts(folder)
+    for error in unreadable:
+        yield BadRow(str(error.filename), f"folder not readable: {error.strerror}")
+    for name in found:
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = (folder / name).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             yield BadRow(name, "not UTF-8")
             continue
@@ -86,7 +96,19 @@ def read_folder(folder: Path) -> Rows:
 
 def count_folder(folder: Path) -> int:
     """Text files at any depth."""
-    return sum(1 for _ in folder.rglob("*.txt"))
+    return len(_texts(folder)[0])
+
+
+def _texts(folder: Path) -> tuple[list[str], list[OSError]]:
+    """Paths of the text files below ``folder``, in order, and what kept its folders from being listed."""
+    unreadable: list[OSError] = []
+    found = [
+        Path(parent, name).relative_to(folder).as_posix()
+        for parent, _, names in os.walk(folder, onerror=unreadable.append)  # Path.rglob would pass over them
+        for name in names
+        if name.endswith(".txt")
+    ]
+    return sorted(found), unreadable
 
 
 def to_document(row: dict[str, Any], where: str, default_id: str, default_source: str) -> Document | BadRow:
@@ -105,6 +127,11 @@ def to_document(row: dict[str, Any], where: str, default_id: str, default_source
         source=_name(row.get("source"), default_source),
         topic=None if topic is None else str(topic),
     )
+
+
+def _said(error: Exception) -> str:
+    """The first line of a library's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _name(value: object, default: str) -> str:

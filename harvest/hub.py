@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
+
+import pyarrow as pa
 
 from tcsae.harvest.corpus import Rows
 from tcsae.harvest.files import to_document
@@ -119,17 +122,41 @@ def read_dataset(request: DatasetRequest) -> Rows:
         _check_dataset(request.name, named)
     try:
         stream = load_dataset(request.name, request.config, split=request.split, streaming=True)
+        columns = stream.column_names
+        rows = iter(stream)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise CorpusError(f"{named}: no such data set; {OTHER_CORPORA}") from error
+    except pa.ArrowException as error:
+        raise _unreadable(named, error) from error
     except ValueError as error:  # an unknown configuration or split; the message lists the known ones
-        raise CorpusError(f"{named}: {' '.join(str(error).split())}") from error
-    columns = stream.column_names
+        raise CorpusError(f"{named}: {_said(error)}") from error
+    except Exception as error:  # each builder raises its own for files that it cannot make sense of
+        raise _unreadable(named, error) from error
     if columns is not None and "text" not in columns:
         raise CorpusError(
             f"{named}: expected a column named text, got {', '.join(columns)}; export it as FILE.jsonl"
         )
-    for number, row in enumerate(stream):
-        yield to_document(row, f"{named}, row {number}", f"{request.name}:{number}", request.name)
+    for number in itertools.count():
+        where = f"{named}, row {number}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except (
+            Exception
+        ) as error:  # whatever the network, the files' reader or the data set's own code raises
+            raise _unreadable(where, error) from error
+        yield to_document(row, where, f"{request.name}:{number}", request.name)
+
+
+def _unreadable(where: str, error: Exception) -> CorpusError:
+    return CorpusError(
+        f"{where}: cannot be read ({type(error).__name__}: {_said(error)}); try again, or {OTHER_CORPORA}"
+    )
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _check_dataset(name: str, named: str) -> None:

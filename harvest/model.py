@@ -16,7 +16,7 @@ from tcsae.harvest.locate import Location, locate
 from tcsae.harvest.quiet import quiet
 from tcsae.harvest.weights import tokenizer_sha256, weights_sha256
 from tcsae.store.device import choose_device
-from tcsae.store.errors import UnknownName
+from tcsae.store.errors import ModelNotFound, UnknownName
 from tcsae.store.spec import Precision
 
 log = logging.getLogger(__name__)
@@ -265,7 +265,13 @@ def load_model(name: str, *, precision: Precision = "float32", device: str = "au
         from transformers import AutoTokenizer
 
         # The bridge's own tokenizer has had its special tokens changed; this one is as it was saved.
-        tokenizer = AutoTokenizer.from_pretrained(str(location.folder))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(location.folder))
+        except Exception as error:  # a plain Exception is what the tokenizers library raises for any bad file
+            raise ModelNotFound(
+                f"{location.folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:300]}); save it "
+                "there with save_pretrained"
+            ) from error
     return LanguageModel(location, bare, tokenizer, sha256, precision, target)
 
 

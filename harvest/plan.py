@@ -20,8 +20,12 @@ from tcsae.harvest.synthetic_settings import is_synthetic, parse_synthetic
 from tcsae.harvest.tokens import tokenise
 from tcsae.store.chunks import chunk_path
 from tcsae.store.errors import ConfigError, DiskFull
+from tcsae.store.layout import Layout
+from tcsae.store.metadata import ROOT, read_root
+from tcsae.store.planning import refuse_existing
 from tcsae.store.space import free_bytes, hook_bytes
-from tcsae.store.spec import Dtype, Layout, Precision, Provenance
+from tcsae.store.spec import Dtype, Precision, Provenance
+from tcsae.store.writer import refuse_other_settings
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,8 @@ class DryRun:
     """forward passes, if each were run alone"""
     chunks: int
     """chunk files of each hook"""
+    missing_chunks: int
+    """those that are still to be computed: all, unless a store is resumed"""
     hooks: tuple[str, ...]
     """activations stored"""
     d_model: int
@@ -73,9 +79,9 @@ class DryRun:
     free_bytes: int
     """bytes free on the store's disk"""
     seconds: float
-    """estimated time of the forward passes in one process on this device, from a sample"""
+    """estimated time of the missing chunks' forward passes in one process on this device, from a sample"""
     tokens_per_second: float
-    """rows a second behind that estimate"""
+    """rows a second behind that estimate; 0 if nothing is missing"""
     skipped: dict[str, int]
     """rows of the corpus that became no document, by reason"""
 
@@ -151,19 +157,32 @@ def dry_run(config: HarvestConfig) -> DryRun:
     """Plan a harvest and time a few batches. **Writes nothing**, wherever the store would be.
 
     It loads the model and reads the corpus (or draws the documents of a synthetic one), so it finds what a
-    harvest would find wrong with them, and raises what a harvest would raise, `DiskFull` with the numbers
-    included. With ``config.resume``, chunks that are there need no more space; that they are whole is not checked.
+    harvest would find wrong with them, and raises what a harvest would raise, `StoreExists` and `DiskFull` with the
+    numbers included. With ``config.resume``, chunks that are there need neither space nor time; that they are whole
+    is not checked.
     """
+    begun = (config.store / ROOT).exists()
+    if not (begun and config.resume):
+        refuse_existing(config.store)
     if is_synthetic(config.corpus):
         drawn = synthetic_plan(config)
         source = SyntheticSource(parse_synthetic(config.corpus), drawn.truth)
-        n_rows = drawn.layout.n_rows
-        return _dry_run(config, drawn.layout, drawn.provenance, lambda: seconds_for(source, n_rows), {})
+        return _dry_run(
+            config,
+            drawn.layout,
+            drawn.provenance,
+            lambda chunks: seconds_for(source, _rows_of(config, drawn.layout, chunks)),
+            {},
+        )
     model = load_model(config.model, precision=config.precision, device=config.device)
     plan = make_plan(config, model)
     layout = plan.layout
     return _dry_run(
-        config, layout, plan.provenance, lambda: _estimate(config, model, layout), dict(plan.skips.counts)
+        config,
+        layout,
+        plan.provenance,
+        lambda chunks: _estimate(config, model, layout, chunks),
+        dict(plan.skips.counts),
     )
 
 
@@ -171,19 +190,25 @@ def _dry_run(
     config: HarvestConfig,
     layout: Layout,
     made: Provenance,
-    estimate: Callable[[], float],
+    estimate: Callable[[list[int]], float],
     skipped: dict[str, int],
 ) -> DryRun:
     n_chunks = -(-layout.n_rows // config.rows_per_chunk)
-    check_space(config.store, made, n_chunks - _chunks_there(config, made, n_chunks))
+    missing = list(range(n_chunks))
+    if (config.store / ROOT).exists():  # to be resumed: `dry_run` has refused it otherwise
+        begun = Provenance.from_dict(read_root(config.store), str(config.store / ROOT))
+        refuse_other_settings(config.store, begun, made)
+        missing = [chunk for chunk in missing if not _is_there(config.store, made, chunk)]
+    check_space(config.store, made, len(missing))
     per_hook = hook_bytes(made, layout.n_rows)
-    seconds = estimate()
+    seconds = estimate(missing) if missing else 0.0
     return DryRun(
         store=str(config.store),
         rows=layout.n_rows,
         documents=layout.n_documents,
         contexts=layout.n_contexts,
         chunks=n_chunks,
+        missing_chunks=len(missing),
         hooks=made.hooks,
         d_model=made.d_model,
         dtype=config.dtype,
@@ -192,30 +217,31 @@ def _dry_run(
         total_bytes=per_hook * len(made.hooks),
         free_bytes=free_bytes(config.store),
         seconds=seconds,
-        tokens_per_second=layout.n_rows / seconds,
+        tokens_per_second=_rows_of(config, layout, missing) / seconds if seconds else 0.0,
         skipped=skipped,
     )
 
 
-def _chunks_there(config: HarvestConfig, made: Provenance, n_chunks: int) -> int:
-    """Chunks that have a file for every hook, if the harvest would go on with them."""
-    if not config.resume:
-        return 0
-    numbers = range(n_chunks)
-    return sum(
-        all(chunk_path(config.store, hook, chunk).exists() for hook in made.hooks) for chunk in numbers
-    )
+def _is_there(store: Path, made: Provenance, chunk: int) -> bool:
+    return all(chunk_path(store, hook, chunk).exists() for hook in made.hooks)
 
 
-def _estimate(config: HarvestConfig, model: LanguageModel, layout: Layout) -> float:
-    """Seconds that all forward passes will take, from batches of the first chunk run for a few seconds."""
+def _rows_of(config: HarvestConfig, layout: Layout, chunks: list[int]) -> int:
+    """Rows that the chunks hold together."""
+    size = config.rows_per_chunk
+    return sum(min(size, layout.n_rows - chunk * size) for chunk in chunks)
+
+
+def _estimate(config: HarvestConfig, model: LanguageModel, layout: Layout, chunks: list[int]) -> float:
+    """Seconds that the forward passes of ``chunks`` will take, from batches of the first run for a few seconds."""
     has_bos = model.bos_token_id is not None
 
-    def batches(start: int) -> list[Batch]:
+    def batches(chunk: int) -> list[Batch]:
+        start = chunk * config.rows_per_chunk
         stop = min(start + config.rows_per_chunk, layout.n_rows)
         return batches_of(layout, start, stop, batch_tokens=config.batch_tokens, has_bos=has_bos)
 
-    sample = batches(0)
+    sample = batches(chunks[0])
     model.residuals(input_ids(layout, sample[0], model.bos_token_id), config.hooks)  # warms caches up
     done = 0
     began = time.perf_counter()
@@ -226,5 +252,4 @@ def _estimate(config: HarvestConfig, model: LanguageModel, layout: Layout) -> fl
         found[config.hooks[0]].cpu()  # a GPU works on after the call returns; the copy waits for it
         done += padded_tokens([batch])
     elapsed = time.perf_counter() - began
-    whole = sum(padded_tokens(batches(start)) for start in range(0, layout.n_rows, config.rows_per_chunk))
-    return elapsed * whole / done
+    return elapsed * sum(padded_tokens(batches(chunk)) for chunk in chunks) / done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from tcsae.harvest.synthetic_run import first_document_sha256, synthetic_plan, w
 from tcsae.harvest.synthetic_run import provenance_of as synthetic_provenance
 from tcsae.harvest.synthetic_settings import is_synthetic, parse_synthetic
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint, release
-from tcsae.store.errors import StoreExists, StoreMismatch
+from tcsae.store.errors import StoreMismatch
 from tcsae.store.interrupt import interruptible
 from tcsae.store.metadata import FIRST_BATCH, ROOT, read_root
-from tcsae.store.parallel import map_tasks
+from tcsae.store.parallel import HERE, Pool, task_pool
+from tcsae.store.planning import refuse_existing
 from tcsae.store.progress import progress
 from tcsae.store.spec import Provenance
 from tcsae.store.truth import read_truth
-from tcsae.store.writer import StoreWriter, differences
+from tcsae.store.writer import StoreWriter, refuse_other_settings
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +89,8 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
         Ctrl-C or SIGTERM; finished chunks stay
     """
     begun = (config.store / ROOT).exists()
-    if begun and not config.resume:
-        raise StoreExists(
-            f"{config.store}: already holds a store; go on with it with --resume, or choose another path "
-            "or delete it"
-        )
+    if not (begun and config.resume):
+        refuse_existing(config.store)  # now, not once the corpus is read
     with interruptible(
         f"{config.store}: interrupted; finished chunks are kept, run the same command with --resume to go on"
     ):
@@ -108,7 +107,7 @@ def _begin_synthetic(config: HarvestConfig) -> HarvestSummary:
     with StoreWriter.create(
         config.store, plan.layout, plan.provenance, first_batch_sha256=first, truth=plan.truth
     ) as writer:
-        return _compute(writer, writer.missing(), _drawing(source), {})
+        return _compute(writer, writer.missing(), _drawing(source), {}, HERE)
 
 
 def _resume_synthetic(config: HarvestConfig) -> HarvestSummary:
@@ -130,7 +129,7 @@ def _resume_synthetic(config: HarvestConfig) -> HarvestSummary:
             source = truth_source(config.store, stored, read_truth(config.store, stored))
             _check_rounding(config, "numpy", first_document_sha256(source))
             check_space(config.store, stored, len(missing))
-            return _compute(writer, missing, _drawing(source), {})
+            return _compute(writer, missing, _drawing(source), {}, HERE)
         return _nothing_missing(config, writer)
 
 
@@ -142,7 +141,8 @@ def _nothing_missing(config: HarvestConfig, writer: StoreWriter) -> HarvestSumma
     if writer.complete:
         log.info("%s: is complete, nothing to do", config.store)
     else:
-        writer.finish()
+        with _pool(config) as pool:
+            writer.finish(pool)
     return _summary(writer, 0, 0, 0.0, {})
 
 
@@ -152,10 +152,14 @@ def _begin(config: HarvestConfig) -> HarvestSummary:
     n_chunks = -(-plan.layout.n_rows // config.rows_per_chunk)
     check_space(config.store, plan.provenance, n_chunks)
     first = fingerprint(config, model, plan.layout)
-    compute = _way(config, model, first)
-    del model  # with workers, which have their own, nothing holds it any more
-    with StoreWriter.create(config.store, plan.layout, plan.provenance, first_batch_sha256=first) as writer:
-        return _compute(writer, writer.missing(), compute, dict(plan.skips.counts))
+    skipped = dict(plan.skips.counts)
+    with (
+        _pool(config) as pool,
+        StoreWriter.create(config.store, plan.layout, plan.provenance, first_batch_sha256=first) as writer,
+    ):
+        compute = _way(config, model, first, pool)
+        del model  # with workers, which have their own, nothing holds it any more
+        return _compute(writer, writer.missing(), compute, skipped, pool)
 
 
 def _resume(config: HarvestConfig) -> HarvestSummary:
@@ -178,18 +182,14 @@ def _resume(config: HarvestConfig) -> HarvestSummary:
         if not missing:
             return _nothing_missing(config, writer)
         model = load_model(config.model, precision=config.precision, device=config.device)
-        differing = differences(stored, provenance_of(config, model, stored.corpus_sha256))
-        if differing:
-            raise StoreMismatch(
-                f"{config.store}: begun with other settings: {'; '.join(differing)}; resume with the first "
-                "ones or choose another path"
-            )
+        refuse_other_settings(config.store, stored, provenance_of(config, model, stored.corpus_sha256))
         check_space(config.store, stored, len(missing))
         first = fingerprint(config, model, writer.layout)
         _check_rounding(config, model.device, first)
-        compute = _way(config, model, first)
-        del model
-        return _compute(writer, missing, compute, {})
+        with _pool(config) as pool:
+            compute = _way(config, model, first, pool)
+            del model
+            return _compute(writer, missing, compute, {}, pool)
 
 
 def _check_rounding(config: HarvestConfig, computed_by: object, first: str) -> None:
@@ -209,11 +209,16 @@ Compute = Callable[[StoreWriter, list[int], Callable[[int], Any]], None]
 """Computes and writes chunks of a store, and says after each step how many rows are done."""
 
 
-def _way(config: HarvestConfig, model: LanguageModel, first: str) -> Compute:
+def _pool(config: HarvestConfig) -> AbstractContextManager[Pool]:
+    """Where chunks are computed and then summed up."""
+    return task_pool(workers=config.workers, scheduler=config.scheduler, release=release)
+
+
+def _way(config: HarvestConfig, model: LanguageModel, first: str, pool: Pool) -> Compute:
     """How chunks are computed: in this process with its model, or by workers, which load it themselves."""
-    if config.workers == 1 and config.scheduler is None:
+    if pool is HERE:
         return lambda writer, missing, on_rows: _compute_here(config, model, writer, missing, on_rows)
-    return lambda writer, missing, on_rows: _compute_on_workers(config, first, writer, missing, on_rows)
+    return lambda writer, missing, on_rows: _compute_on_workers(config, first, writer, missing, on_rows, pool)
 
 
 def _compute_here(
@@ -245,18 +250,17 @@ def _compute_on_workers(
     writer: StoreWriter,
     missing: list[int],
     on_rows: Callable[[int], Any],
+    pool: Pool,
 ) -> None:
     there = replace(config, store=config.store.absolute())
     tasks = [ChunkTask(there, writer.provenance, expected, chunk) for chunk in missing]
-    for task, _ in map_tasks(
-        compute_chunk, tasks, workers=config.workers, scheduler=config.scheduler, release=release
-    ):
+    for task, _ in pool.map(compute_chunk, tasks):
         start, stop = writer.rows_of(task.chunk)
         on_rows(stop - start)
 
 
 def _compute(
-    writer: StoreWriter, missing: list[int], compute: Compute, skipped: dict[str, int]
+    writer: StoreWriter, missing: list[int], compute: Compute, skipped: dict[str, int], pool: Pool
 ) -> HarvestSummary:
     began = time.perf_counter()
     todo = sum(stop - start for start, stop in map(writer.rows_of, missing))
@@ -264,7 +268,7 @@ def _compute(
     with progress(n_rows, "token", f"harvest {writer.path.name}", initial=n_rows - todo) as bar:
         compute(writer, missing, bar.update)
     seconds = time.perf_counter() - began
-    writer.finish()
+    writer.finish(pool)
     return _summary(writer, len(missing), todo, seconds, skipped)
 
 

@@ -27,10 +27,11 @@ from tcsae.harvest.synthetic import (
 from tcsae.harvest.synthetic_settings import NAME, SyntheticSettings, parse_synthetic
 from tcsae.harvest.tokens import cut, offsets_of
 from tcsae.store.errors import ConfigError
+from tcsae.store.layout import Layout, documents_table
 from tcsae.store.progress import progress
-from tcsae.store.spec import DOCUMENT_COLUMNS, Layout, Provenance, split_of
+from tcsae.store.spec import DOCUMENT_COLUMNS, Provenance, split_of
 from tcsae.store.truth import Truth
-from tcsae.store.writer import StoreWriter, documents_table
+from tcsae.store.writer import StoreWriter
 
 BYTE_DECIDING = ("tcsae", "numpy", "scipy")
 """packages whose version may change an activation's last bits or the numbers drawn"""

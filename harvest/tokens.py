@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from tcsae.harvest.corpus import BadRow, Corpus, Document, Skips
 from tcsae.store.errors import ConfigError, CorpusError
+from tcsae.store.layout import Layout, documents_table
 from tcsae.store.progress import progress
-from tcsae.store.spec import DOCUMENT_COLUMNS, Layout, split_of
-from tcsae.store.writer import documents_table
+from tcsae.store.spec import DOCUMENT_COLUMNS, split_of
 
 DOCUMENTS_AT_ONCE = 64
 """Documents given to the tokenizer together; it works on them in parallel."""

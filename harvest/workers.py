@@ -21,7 +21,8 @@ from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.plan import provenance_of
 from tcsae.store.errors import ConfigError, StoreMismatch
 from tcsae.store.index import read_layout
-from tcsae.store.spec import Layout, Provenance
+from tcsae.store.layout import Layout
+from tcsae.store.spec import Provenance
 from tcsae.store.writer import StoreWriter, differences
 
 

@@ -111,18 +111,26 @@ def read_chunk(
     StoreCorrupt
         as `map_raw`, or the bytes cannot be decoded
     """
+    return read_checked(store, made, hook, chunk, checksum=checksum)[0]
+
+
+def read_checked(
+    store: Path, made: Provenance, hook: str, chunk: int, *, checksum: int | None = None
+) -> tuple[Float[Tensor, "row d_model"], int]:
+    """Rows of a chunk as `read_chunk` gives them, and the CRC-32C of its file's body."""
     path = chunk_path(store, hook, chunk)
     if made.codec == "raw":
         size = chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype)
-        return _as_rows(map_raw(path, size, checksum=checksum)[0], made)
-    body, _ = map_raw(path, None, checksum=checksum)
+        body, found = map_raw(path, size, checksum=checksum)
+        return _as_rows(body, made), found
+    body, found = map_raw(path, None, checksum=checksum)
     try:
         rows = codec_of(made, hook).decode(body, made.rows_per_chunk, made.d_model)
         if not is_finite(rows):  # which no writer stores
             raise ValueError("NaN or infinite values")
-        return rows
     except ValueError as error:
         raise StoreCorrupt(f"{path}: cannot be decoded as {made.codec} ({error}); {MEND}") from error
+    return rows, found
 
 
 def _as_rows(body: Bytes, made: Provenance) -> Float[Tensor, "row d_model"]:

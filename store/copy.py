@@ -20,7 +20,7 @@ from tcsae.store.codecs import CodecName
 from tcsae.store.errors import ConfigError, UnknownName
 from tcsae.store.interrupt import interruptible
 from tcsae.store.metadata import read_root
-from tcsae.store.places import LocalEnd, Place, RemoteEnd, open_end, same_place
+from tcsae.store.places import LocalEnd, Place, RemoteEnd, is_inside, open_end
 from tcsae.store.reader import ActivationStore
 from tcsae.store.recode import plan_recoding, staged, write_recoded
 from tcsae.store.remote import Transfer
@@ -104,7 +104,7 @@ def copy_store(
     StoreBusy
         another process is writing to ``dst`` (at a URL: as far as `tcsae.store.claim` can tell)
     DiskFull
-        a part or a compressed copy does not fit on this machine's disk, found before it is begun
+        the copy, or what is put together here on its way, does not fit on this machine's disk; before it is begun
     RemoteError
         the network, after its retries; the copy can be resumed
     Interrupted
@@ -112,8 +112,8 @@ def copy_store(
     """
     if codec is not None and codec not in get_args(CodecName):
         raise UnknownName.among("codec", codec, get_args(CodecName))
-    if same_place(src, dst):
-        raise ConfigError(f"{dst}: is the source itself; choose another destination")
+    if is_inside(dst, src):
+        raise ConfigError(f"{dst}: is the source itself, or lies in it; choose another destination")
     target = open_end(dst, transfer)
     if isinstance(target, RemoteEnd) and target.folder.is_read_only:
         raise ConfigError(f"{dst}: http cannot be written to; choose another destination")

@@ -15,16 +15,24 @@ import pyarrow.parquet as pq
 
 from tcsae.store.chunks import CHECKSUM_BYTES, MEND, codec_of, map_file, map_raw
 from tcsae.store.errors import StoreCorrupt
-from tcsae.store.metadata import ROOT, Sizes, array_metadata, file_sha256, read_root, recorded_digests
+from tcsae.store.layout import Layout, offsets_problem
+from tcsae.store.metadata import (
+    MAX_HEADER_BYTES,
+    ROOT,
+    Sizes,
+    array_metadata,
+    file_sha256,
+    read_root,
+    recorded_digests,
+    too_large,
+)
 from tcsae.store.spec import (
     CONTEXT_OFFSETS,
     DOCUMENT_COLUMNS,
     DOCUMENT_OFFSETS,
     DOCUMENTS_FILE,
     TOKENS,
-    Layout,
     Provenance,
-    offsets_problem,
 )
 
 INDEX_DTYPES: dict[str, np.dtype[Any]] = {
@@ -84,9 +92,10 @@ def digest_problems(store: Path, digests: dict[str, str], names: Iterable[str]) 
 def _index(store: Path, name: str) -> npt.NDArray[Any]:
     header = store / name / ROOT
     refuse_link(store, header)
+    found = _read_header(header)
     try:
-        length = json.loads(header.read_bytes())["shape"][0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        length = found["shape"][0]
+    except (KeyError, IndexError, TypeError) as error:
         raise StoreCorrupt(f"{header}: cannot be read ({error}); {MEND}") from error
     if type(length) is not int or length < 0:
         raise StoreCorrupt(f"{header}: shape: expected a length, got {length!r}; {MEND}")
@@ -133,15 +142,24 @@ def _documents(store: Path, n_documents: int) -> pa.Table:
     return documents
 
 
+def _read_header(path: Path) -> Any:
+    """What an array's zarr.json holds; raises `StoreCorrupt` if it is missing, too large or no JSON."""
+    try:
+        n_bytes = path.stat().st_size
+        content = path.read_bytes() if n_bytes <= MAX_HEADER_BYTES else b"null"
+        found = json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreCorrupt(f"{path}: cannot be read ({error}); {MEND}") from error
+    if n_bytes > MAX_HEADER_BYTES:
+        raise too_large(str(path), n_bytes)
+    return found
+
+
 def _check_metadata(store: Path, name: str, expected: bytes) -> None:
     """Plain Zarr readers go by these files, so they must say what this reader assumes."""
     path = store / name
     refuse_link(store, path)
-    try:
-        same = json.loads(path.read_bytes()) == json.loads(expected)
-    except (OSError, ValueError) as error:
-        raise StoreCorrupt(f"{path}: cannot be read ({error}); copy the store again") from error
-    if not same:
+    if _read_header(path) != json.loads(expected):
         raise StoreCorrupt(f"{path}: does not fit the group's attributes; copy the store again")
 
 

@@ -197,7 +197,7 @@ def read_root(store: Path) -> dict[str, Any]:
     path = store / ROOT
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
-            raise _too_large(str(path), path.stat().st_size)
+            raise too_large(str(path), path.stat().st_size)
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         hint = "no finished plan there" if store.exists() else "no such folder"
@@ -214,11 +214,11 @@ def checked_root(content: bytes, store: str | Path) -> dict[str, Any]:
     """
     where = f"{store}/{ROOT}"
     if len(content) > MAX_HEADER_BYTES:
-        raise _too_large(where, len(content))
+        raise too_large(where, len(content))
     try:
         attributes = json.loads(content)["attributes"]
         name, version = attributes.get("format"), attributes.get("format_version")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise StoreCorrupt(f"{where}: not a Zarr v3 group ({error}); copy the store again") from error
     if name != FORMAT:
         raise StoreNotFound(
@@ -229,5 +229,6 @@ def checked_root(content: bytes, store: str | Path) -> dict[str, Any]:
     return dict(attributes)
 
 
-def _too_large(where: str, n_bytes: int) -> StoreCorrupt:
+def too_large(where: str, n_bytes: int) -> StoreCorrupt:
+    """The error for a zarr.json that no store has."""
     return StoreCorrupt(f"{where}: {n_bytes} bytes; a store's header is below {MAX_HEADER_BYTES}")

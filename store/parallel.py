@@ -31,6 +31,104 @@ TASKS_AHEAD = 4
 a hundred thousand chunks are not all described to it at once."""
 
 
+class Pool:
+    """Where tasks run: in this process, one after the other, or on the workers of a Dask cluster.
+
+    Made by `task_pool`. ``function`` must be importable by its name, as must the items' types, since they are sent
+    to other processes; a scheduler's workers may call it in several threads at once. A worker that dies is replaced
+    and its tasks are run again; `WorkersLost` says that one task's worker has died four times. What ``function``
+    raises is raised here.
+    """
+
+    def __init__(self, client: Client | None) -> None:
+        self._client = client
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yield each item with ``function(item)``, as results come in."""
+        for number, result in self._numbered(function, items):
+            yield items[number], result
+
+    def map_in_order(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Yield ``function(item)`` in the items' order; results that come early are held back.
+
+        What is added up from them is then the same bits on any number of workers.
+        """
+        early: dict[int, Result] = {}
+        following = 0
+        for number, result in self._numbered(function, items):
+            early[number] = result
+            while following in early:
+                yield early.pop(following)
+                following += 1
+
+    def _numbered(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Result]]:
+        if self._client is None:
+            yield from enumerate(map(function, items))
+            return
+        from dask.distributed import KilledWorker, as_completed
+
+        client = self._client
+        todo = iter(enumerate(items))
+        ahead = TASKS_AHEAD * sum(client.nthreads().values())
+
+        def submit(n: int) -> dict[Any, int]:
+            return {client.submit(function, item, pure=False): number for number, item in islice(todo, n)}
+
+        running = submit(ahead)
+        results = as_completed(running)
+        for future in results:
+            number = running.pop(future)
+            try:
+                result = future.result()
+            except KilledWorker as error:
+                raise WorkersLost(
+                    f"{items[number]}: {error.allowed_failures + 1} workers died of it, the last one at "
+                    f"{error.last_worker.address}; if memory ran out, run again with fewer workers"
+                ) from error
+            following = submit(1)
+            running |= following
+            results.update(following)
+            yield number, result
+
+
+HERE = Pool(None)
+"""This process."""
+
+
+@contextmanager
+def task_pool(
+    *, workers: int = 1, scheduler: str | None = None, release: Callable[[], None] | None = None
+) -> Iterator[Pool]:
+    """The `Pool` of the workers asked for, for the block; those on this machine end with it.
+
+    Parameters
+    ----------
+    workers
+        processes on this machine, which share the threads that torch has here; 1: this process
+    scheduler
+        address of a running Dask scheduler, such as ``tcp://host:8786``, whose workers see the same files;
+        takes precedence over ``workers``
+    release
+        called at the end in each worker of a scheduler, to drop what a function keeps in memory from one
+        call to the next; workers on this machine end anyway
+
+    Raises
+    ------
+    ConfigError
+        no scheduler answers at the address, or it has no workers; less than one worker
+    """
+    if workers < 1:
+        raise ConfigError(f"workers: expected at least 1, got {workers}")
+    if workers == 1 and scheduler is None:
+        yield HERE
+        return
+    connect = _cluster(workers) if scheduler is None else _connection(scheduler, release)
+    with _quiet_dask(), connect as client:
+        yield Pool(client)
+
+
 def map_tasks(
     function: Callable[[Item], Result],
     items: Sequence[Item],
@@ -39,71 +137,15 @@ def map_tasks(
     scheduler: str | None = None,
     release: Callable[[], None] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with ``function(item)``, as results come in.
-
-    Parameters
-    ----------
-    function
-        importable by its name, as are the items' types, since they are sent to other processes; a scheduler's
-        workers may call it in several threads at once
-    items
-        each one task
-    workers
-        processes on this machine, which share the threads that torch has here; 1 calls ``function`` in this
-        process, in order
-    scheduler
-        address of a running Dask scheduler, such as ``tcp://host:8786``, whose workers see the same files;
-        takes precedence over ``workers``
-    release
-        called at the end in each worker of a scheduler, to drop what ``function`` keeps in memory from one
-        call to the next; workers on this machine end anyway
-
-    A worker that dies is replaced and its tasks are run again. What ``function`` raises is raised here, and
-    then, as when the caller stops early or is interrupted, the workers on this machine are ended.
-
-    Raises
-    ------
-    ConfigError
-        no scheduler answers at the address, or it has no workers
-    WorkersLost
-        one task's worker has died four times
-    """
-    if workers <= 1 and scheduler is None:
-        for item in items:
-            yield item, function(item)
-        return
-    # imported here: a single process needs no Dask, and it takes a second to import
-    from dask.distributed import KilledWorker, as_completed
-
-    connect = _cluster(workers) if scheduler is None else _connection(scheduler, release)
-    with _quiet_dask(), connect as client:
-        todo = iter(items)
-        ahead = TASKS_AHEAD * sum(client.nthreads().values())
-
-        def submit(n: int) -> dict[Any, Item]:
-            return {client.submit(function, item, pure=False): item for item in islice(todo, n)}
-
-        running = submit(ahead)
-        results = as_completed(running)
-        for future in results:
-            item = running.pop(future)
-            try:
-                result = future.result()
-            except KilledWorker as error:
-                raise WorkersLost(
-                    f"{item}: {error.allowed_failures + 1} workers died of it, the last one at "
-                    f"{error.last_worker.address}; if memory ran out, run again with fewer workers"
-                ) from error
-            following = submit(1)
-            running |= following
-            results.update(following)
-            yield item, result
+    """Yield each item with ``function(item)`` from a pool of its own (see `Pool.map` and `task_pool`)."""
+    with task_pool(workers=workers, scheduler=scheduler, release=release) as pool:
+        yield from pool.map(function, items)
 
 
 @contextmanager
 def _cluster(workers: int) -> Iterator[Client]:
     """Processes on this machine, for the block."""
-    import dask
+    import dask  # imported here, as below: a single process needs no Dask, and it takes a second to import
     from dask.distributed import Client, LocalCluster
 
     threads = max(1, torch.get_num_threads() // workers)

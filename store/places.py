@@ -10,8 +10,8 @@ from pathlib import Path
 from tcsae.store.atomic import PARTIAL, exclusive, remove_partials, sync_folders, write_atomically
 from tcsae.store.claim import Check, claimed
 from tcsae.store.errors import StoreBusy, StoreCorrupt, StoreExists
+from tcsae.store.planning import LOCK
 from tcsae.store.remote import RemoteFolder, Transfer, is_url, local_path
-from tcsae.store.writer import LOCK
 
 Place = str | Path
 """a path, or any URL that fsspec knows"""
@@ -98,8 +98,17 @@ def open_end(place: Place, transfer: Transfer | None) -> End:
     return RemoteEnd(RemoteFolder(str(place), transfer)) if is_url(place) else LocalEnd(local_path(place))
 
 
-def same_place(one: Place, other: Place) -> bool:
-    """Whether both name the same folder."""
+def is_inside(one: Place, other: Place) -> bool:
+    """Whether ``one`` is the same folder as ``other`` or lies in it."""
     if is_url(one) or is_url(other):
-        return str(one).rstrip("/") == str(other).rstrip("/")
-    return local_path(one).resolve() == local_path(other).resolve()
+        return f"{str(one).rstrip('/')}/".startswith(f"{str(other).rstrip('/')}/")
+    return local_path(one).resolve().is_relative_to(local_path(other).resolve())
+
+
+def write_file(place: Place, content: bytes) -> None:
+    """Put ``content`` at ``place``, a file's path or URL, whole or not at all; raises `RemoteError`, `ConfigError`."""
+    folder, _, name = str(place).rpartition("/")
+    if is_url(place):
+        RemoteFolder(folder).write(name, content)
+    else:
+        write_atomically(local_path(place), content)

@@ -20,13 +20,14 @@ from tcsae.store.cache import CACHE_VARIABLE, cache_folder
 from tcsae.store.chunks import codec_of
 from tcsae.store.codecs import fit, measured_ratio, relative_error
 from tcsae.store.errors import DiskFull
+from tcsae.store.layout import Layout
 from tcsae.store.metadata import ROOT, read_root
 from tcsae.store.places import Place
 from tcsae.store.progress import progress
 from tcsae.store.reader import ActivationStore
 from tcsae.store.selection import Part, document_range, layout_of
 from tcsae.store.space import folder_bytes, free_bytes, store_bytes
-from tcsae.store.spec import Layout, Provenance
+from tcsae.store.spec import Provenance
 from tcsae.store.writer import StoreWriter
 
 SAMPLE_ROWS = 32_768

@@ -53,6 +53,19 @@ def local_path(path: str | Path) -> Path:
     return Path(str(path).removeprefix("file://"))
 
 
+def folder_here(path: Path) -> Path:
+    """``path``, which something is to be written to; raises `ConfigError` if it was a URL before it was a path."""
+    scheme = path.parts[0] if path.parts else ""
+    if scheme == "file:":  # Path("file:///a") is file:/a
+        return Path("/", *path.parts[1:])
+    if scheme.endswith(":"):
+        raise ConfigError(
+            f"{scheme}//{'/'.join(path.parts[1:])}: expected a folder on this machine, got a URL; write to a folder "
+            "and copy it there afterwards (a store with `tcsae store copy`)"
+        )
+    return path
+
+
 class RemoteFolder:
     """A folder at a URL. Safe to use from several threads; another process opens its own.
 
@@ -175,8 +188,14 @@ def _options(protocol: str) -> dict[str, Any]:
     return {"skip_instance_cache": True} if protocol in ("http", "https") else {}
 
 
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+"""botocore's errors where it is not told who asks, by name: it may not be installed"""
+
+
 def _is_final(error: Exception) -> bool:
     """Whether another try would fail the same way: no permission or bucket, a full disk, a certificate not trusted."""
+    if type(error).__name__ in NO_CREDENTIALS:
+        return True
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)

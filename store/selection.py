@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tcsae.store.errors import ConfigError, UnknownName
+from tcsae.store.layout import Layout
 from tcsae.store.reader import ActivationStore
-from tcsae.store.spec import Layout, Provenance
+from tcsae.store.spec import Provenance
 
 
 @dataclass(frozen=True, slots=True)

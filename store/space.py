@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from tcsae.store.chunks import CHECKSUM_BYTES, chunk_bytes
-from tcsae.store.spec import Layout, Provenance
+from tcsae.store.layout import Layout
+from tcsae.store.spec import Provenance
 
 TABLE_MARGIN = 2**20
 """bytes for the metadata files of a store"""
@@ -21,16 +22,21 @@ def hook_bytes(made: Provenance, n_rows: int) -> int:
     return n_chunks * chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype)
 
 
+def stored_bytes(made: Provenance, n_rows: int) -> int:
+    """Bytes of all hooks' chunk files to be expected, compressed as ``made`` says."""
+    total = 0
+    for hook in made.hooks:
+        raw = hook_bytes(made, n_rows)
+        ratio = made.codec_effect.get(hook, {}).get("ratio")
+        total += raw if ratio is None else int(raw / ratio * CODEC_MARGIN)
+    return total
+
+
 def store_bytes(made: Provenance, layout: Layout) -> int:
     """Bytes of the whole store to be expected, compressed as ``made`` says; rather too many than too few."""
     tables = (layout.tokens, layout.document_offsets, layout.context_offsets)
     total = sum(table.nbytes + CHECKSUM_BYTES for table in tables)
-    total += int(layout.documents.nbytes) + TABLE_MARGIN
-    for hook in made.hooks:
-        raw = hook_bytes(made, layout.n_rows)
-        ratio = made.codec_effect.get(hook, {}).get("ratio")
-        total += raw if ratio is None else int(raw / ratio * CODEC_MARGIN)
-    return total
+    return total + int(layout.documents.nbytes) + TABLE_MARGIN + stored_bytes(made, layout.n_rows)
 
 
 def free_bytes(path: Path) -> int:

@@ -16,16 +16,15 @@ Axis names used in the annotations of every package:
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from tcsae.store.errors import ConfigError, StoreCorrupt
+from tcsae.store.json_types import is_finite_number, type_problem
 
 FORMAT = "tcsae-activations"
 """Value of the group attribute ``format``; never changes."""
@@ -205,7 +204,7 @@ class Provenance:
         if missing:
             raise StoreCorrupt(f"{where}: attributes lack {', '.join(missing)}; copy the store again")
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        if problem := _type_problem(known):
+        if problem := type_problem(known):
             raise StoreCorrupt(f"{where}: {problem}; copy the store again")
         known["hooks"] = tuple(known["hooks"])
         known["special_token_ids"] = tuple(known["special_token_ids"])
@@ -213,116 +212,6 @@ class Provenance:
             return cls(**known)
         except (ConfigError, TypeError) as error:
             raise StoreCorrupt(f"{where}: {error}") from error
-
-
-JSON_TYPES: dict[type, tuple[str, ...]] = {
-    str: (
-        *("model", "model_revision", "model_sha256", "tokenizer_sha256", "dtype", "precision"),
-        *("corpus", "corpus_sha256", "created", "codec"),
-    ),
-    int: ("d_model", "context_length", "bos_token_id", "vocab_size", "rows_per_chunk", "max_tokens"),
-    list: ("hooks", "special_token_ids"),
-    dict: ("versions", "codec_configuration", "codec_effect", "derived_from", "truth"),
-}
-"""What each field of a `Provenance` is in JSON."""
-
-NULLABLE = ("bos_token_id", "max_tokens", "derived_from", "truth")
-"""fields that may be null instead"""
-
-PARTS = {"hooks": str, "special_token_ids": int, "codec_configuration": dict, "codec_effect": dict}
-"""what the entries of a list or the values of an object are"""
-
-
-def _type_problem(values: dict[str, Any]) -> str | None:
-    """What is wrong with the types of a provenance's fields, or None; exact, for true is no number in JSON."""
-    for kind, names in JSON_TYPES.items():
-        for name in names:
-            if name not in values or (values[name] is None and name in NULLABLE):
-                continue
-            found = values[name]
-            if type(found) is not kind:
-                return f"{name}: expected {kind.__name__}, got {type(found).__name__}"
-            if name in PARTS:
-                for one in values[name] if kind is list else values[name].values():
-                    if type(one) is not PARTS[name]:
-                        return f"{name}: expected {PARTS[name].__name__} for each, got {type(one).__name__}"
-    for hook, effect in values.get("codec_effect", {}).items():
-        if not all(map(_is_finite, effect.values())):
-            return f"codec_effect: {hook}: expected finite numbers"
-    return None
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """Every row's place, known before the model runs.
-
-    Raises `ConfigError` if the offsets do not cover the rows or a context leaves its document.
-    """
-
-    tokens: npt.NDArray[np.int32]
-    """token id of each row, int32 [row]"""
-    document_offsets: npt.NDArray[np.int64]
-    """document i holds rows [offsets[i], offsets[i + 1]), int64 [document + 1]"""
-    context_offsets: npt.NDArray[np.int64]
-    """context i holds rows [offsets[i], offsets[i + 1]), int64 [context + 1]"""
-    documents: pa.Table
-    """one line a document: `DOCUMENT_COLUMNS` and perhaps ``text``"""
-
-    def __post_init__(self) -> None:
-        problem = offsets_problem(self.document_offsets, self.context_offsets, len(self.tokens))
-        if problem:
-            raise ConfigError(f"layout: {problem}")
-        if self.documents.num_rows != self.n_documents:
-            raise ConfigError(f"layout: {self.documents.num_rows} lines for {self.n_documents} documents")
-
-    @property
-    def n_rows(self) -> int:
-        """rows of the whole store"""
-        return len(self.tokens)
-
-    @property
-    def n_documents(self) -> int:
-        """documents of the whole store"""
-        return len(self.document_offsets) - 1
-
-    @property
-    def n_contexts(self) -> int:
-        """contexts of the whole store"""
-        return len(self.context_offsets) - 1
-
-
-def offsets_problem(
-    document_offsets: npt.NDArray[np.int64],
-    context_offsets: npt.NDArray[np.int64],
-    n_rows: int,
-) -> str | None:
-    """What is wrong with the offsets of a store of ``n_rows`` rows, or None.
-
-    Both must rise strictly from 0 to ``n_rows`` (no empty document or context), and every document must
-    begin where a context begins, which is the same as no context spanning two documents.
-
-    >>> offsets_problem(np.array([0, 2, 5]), np.array([0, 2, 4, 5]), 5)
-    >>> offsets_problem(np.array([0, 2, 5]), np.array([0, 3, 5]), 5)
-    'the context of rows [0, 3) spans two documents: one begins at row 2'
-    """
-    for name, offsets in (("document_offsets", document_offsets), ("context_offsets", context_offsets)):
-        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != n_rows:
-            return f"{name} must run from 0 to {n_rows}, got {offsets[:1].tolist()}..{offsets[-1:].tolist()}"
-        if np.any(np.diff(offsets) <= 0):
-            at = int(np.flatnonzero(np.diff(offsets) <= 0)[0])
-            return f"{name} must rise, but entry {at + 1} is {offsets[at + 1]} after {offsets[at]}"
-    inside = np.searchsorted(context_offsets, document_offsets)
-    broken = np.flatnonzero(context_offsets[inside] != document_offsets)
-    if broken.size:
-        row = int(document_offsets[broken[0]])
-        context = int(inside[broken[0]])
-        span = f"[{context_offsets[context - 1]}, {context_offsets[context]})"
-        return f"the context of rows {span} spans two documents: one begins at row {row}"
-    return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -370,12 +259,12 @@ def _statistics_problem(values: Any, d_model: int) -> str | None:
     if set(values) != set(names):
         return f"expected {', '.join(names)}, got {', '.join(values) or 'none'}"
     mean, quantiles = values["mean"], values["norm_quantiles"]
-    if not isinstance(mean, list) or len(mean) != d_model or not all(map(_is_finite, mean)):
+    if not isinstance(mean, list) or len(mean) != d_model or not all(map(is_finite_number, mean)):
         return f"mean: expected a list of {d_model} finite numbers"
-    if not isinstance(quantiles, dict) or not all(_is_finite(quantiles.get(str(q))) for q in QUANTILES):
+    if not isinstance(quantiles, dict) or not all(is_finite_number(quantiles.get(str(q))) for q in QUANTILES):
         return f"norm_quantiles: expected finite numbers for {', '.join(map(str, QUANTILES))}"
     for name in ("mean_square_norm", "outlier_norm"):
-        if not _is_finite(values[name]):
+        if not is_finite_number(values[name]):
             return f"{name}: expected a finite number"
     for name in ("n_outliers", "n_rows"):
         if type(values[name]) is not int or not 0 <= values[name] < 2**63:

@@ -15,6 +15,7 @@ import numpy as np
 from tcsae.store.cache import table_files
 from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path
 from tcsae.store.errors import (
+    DiskFull,
     RemoteError,
     StoreCorrupt,
     StoreExists,
@@ -25,6 +26,7 @@ from tcsae.store.errors import (
 from tcsae.store.metadata import ROOT, checked_root, read_root, recorded_digests
 from tcsae.store.places import End, LocalEnd, Place
 from tcsae.store.progress import progress
+from tcsae.store.space import folder_bytes, free_bytes, stored_bytes
 from tcsae.store.spec import CHECKSUMS, Provenance
 
 THREADS = 4
@@ -96,6 +98,8 @@ def copy_files(source: Source, target: End, dst: Place, *, resume: bool) -> Move
         _written(target, dst, name, content)
         return len(content), False
 
+    if isinstance(target, LocalEnd):
+        _check_space(target.path, made, len(expected))
     with target.held() as check:
         _begin(target, source, dst, resume=resume)
         done = list(_in_threads(copy, [*table_files(made), *expected], f"copy to {dst}"))
@@ -107,6 +111,17 @@ def copy_files(source: Source, target: End, dst: Place, *, resume: bool) -> Move
         kept=sum(kept for _, kept in done),
         bytes=sum(size for size, _ in done) + len(source.root),
     )
+
+
+def _check_space(path: Path, made: Provenance, n_files: int) -> None:
+    """Raise `DiskFull`, with the numbers, unless the chunks that are not there yet fit on the disk."""
+    n_chunks = n_files // len(made.hooks)
+    needed = stored_bytes(made, n_chunks * made.rows_per_chunk) - folder_bytes(path)[0]
+    if needed > free_bytes(path):
+        raise DiskFull(
+            f"{path}: expected {needed:,} bytes free for {n_files:,} chunks, got {free_bytes(path):,}; free some "
+            "space, or copy fewer documents or hooks"
+        )
 
 
 def _begin(target: End, source: Source, dst: Place, *, resume: bool) -> None:

@@ -6,29 +6,18 @@ computed again by anyone, and no two writers ever touch one file.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.store.atomic import (
-    exclusive,
-    partial_file,
-    put_in_place,
-    remove_partials,
-    sync_folders,
-    write_atomically,
-)
+from tcsae.store.atomic import put_in_place, remove_partials
 from tcsae.store.chunks import (
     CHECKSUM_BYTES,
     chunk_bytes,
@@ -37,45 +26,18 @@ from tcsae.store.chunks import (
     encoded,
     is_finite,
     map_raw,
-    write_raw,
     write_raw_beside,
 )
 from tcsae.store.codecs import Codec
-from tcsae.store.errors import ActivationError, StoreBusy, StoreCorrupt, StoreExists, StoreMismatch
+from tcsae.store.completion import complete_store
+from tcsae.store.errors import ActivationError, StoreCorrupt, StoreMismatch
 from tcsae.store.index import read_layout
-from tcsae.store.metadata import (
-    DIGESTED,
-    FIRST_BATCH,
-    PLANNED_ATTRIBUTES,
-    ROOT,
-    TABLE_DIGESTS,
-    Sizes,
-    array_metadata,
-    read_root,
-    root_metadata,
-    store_id,
-    table_digests,
-)
-from tcsae.store.spec import (
-    ACTIVATIONS,
-    CHECKSUMS,
-    CONTEXT_OFFSETS,
-    DOCUMENT_OFFSETS,
-    DOCUMENTS_FILE,
-    PLAIN,
-    TOKENS,
-    TORCH_DTYPES,
-    TRUTH,
-    Layout,
-    Provenance,
-)
-from tcsae.store.statistics import train_statistics
-from tcsae.store.truth import Truth, truth_chunks, write_truth
-
-LOCK = ".writer.lock"
-
-PLANNED = {TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFFSETS, ACTIVATIONS, CHECKSUMS, TRUTH, DOCUMENTS_FILE, LOCK}
-"""What a planning phase that was killed may leave: nothing that cannot be written again."""
+from tcsae.store.layout import Layout
+from tcsae.store.metadata import FIRST_BATCH, ROOT, read_root
+from tcsae.store.parallel import HERE, Pool
+from tcsae.store.planning import locked, refuse_existing, write_plan
+from tcsae.store.spec import CHECKSUMS, PLAIN, TORCH_DTYPES, Provenance
+from tcsae.store.truth import Truth
 
 
 class StoreWriter:
@@ -89,8 +51,7 @@ class StoreWriter:
         self.path = path
         self.layout = layout
         self.provenance = provenance
-        self.sizes = Sizes(layout.n_rows, layout.n_documents, layout.n_contexts)
-        self.n_chunks = self.sizes.chunks(provenance.rows_per_chunk)
+        self.n_chunks = -(-layout.n_rows // provenance.rows_per_chunk)
         self._thread: ThreadPoolExecutor | None = None
         self._unsettled: Future[None] | None = None
         self._unsettled_path: Path | None = None
@@ -118,12 +79,12 @@ class StoreWriter:
         StoreBusy
             another process is writing there
         """
-        _refuse_existing(path)
-        with _locked(path):
-            _refuse_existing(path)  # another writer may have come and gone before the lock was taken
+        refuse_existing(path)
+        with locked(path):
+            refuse_existing(path)  # another writer may have come and gone before the lock was taken
             writer = cls(path, layout, provenance)
             planned = {} if first_batch_sha256 is None else {FIRST_BATCH: first_batch_sha256}
-            writer._write_plan(planned, truth)
+            write_plan(path, layout, provenance, planned, truth)
             with writer._settling_behind():
                 yield writer
 
@@ -142,13 +103,8 @@ class StoreWriter:
             another process is writing there
         """
         begun = Provenance.from_dict(read_root(path), str(path / ROOT))
-        differing = differences(begun, provenance)
-        if differing:
-            raise StoreMismatch(
-                f"{path}: begun with other settings: {'; '.join(differing)}; resume with the first ones or "
-                "choose another path"
-            )
-        with _locked(path):
+        refuse_other_settings(path, begun, provenance)
+        with locked(path):
             remove_partials(path)
             writer = cls(path, read_layout(path), begun)
             with writer._settling_behind():
@@ -221,62 +177,20 @@ class StoreWriter:
         if before is not None:
             before.result()
 
-    def finish(self) -> None:
+    def finish(self, pool: Pool = HERE) -> None:
         """Compute checksums and statistics of every hook and mark the store as complete.
 
-        Raises `StoreCorrupt` if a chunk is still missing, `DiskFull` as `wait` does.
+        Every chunk is read twice, by the workers of ``pool``, which must see the store under the same name; the
+        bytes are the same whoever reads. Raises `StoreCorrupt` if a chunk is still missing, `DiskFull` as `wait` does.
         """
         self.wait()
-        tables = {}
-        for hook in self.provenance.hooks:
-            paths = [chunk_path(self.path, hook, chunk) for chunk in range(self.n_chunks)]
-            tables[hook] = np.array([self._verified(path) for path in paths], dtype="<u4")
-            write_raw(self.path / CHECKSUMS / hook / "c" / "0", tables[hook].view(np.uint8))
-        found = {
-            hook: train_statistics(self.path, self.provenance, self.layout, hook).to_dict()
-            for hook in self.provenance.hooks
-        }
-        identity = store_id(self.provenance, self.layout.tokens, tables.values())
-        begun = {TABLE_DIGESTS: table_digests(self.path, self._digested())} | read_root(self.path)
-        planned = {name: begun[name] for name in PLANNED_ATTRIBUTES if name in begun}
-        attributes = {**planned, "statistics": found, "id": identity, "complete": True}
-        sync_folders(self.path)  # of every chunk and table, before the root group says that they are there
-        write_atomically(self.path / ROOT, root_metadata(self.provenance, **attributes))
+        complete_store(self.path, self.layout, self.provenance, pool)
 
     @contextmanager
     def _settling_behind(self) -> Iterator[None]:
         with ThreadPoolExecutor(1, "tcsae-sync") as self._thread:  # left only when the thread has ended
             yield
             self.wait()
-
-    def _write_plan(self, attributes: dict[str, str], truth: Truth | None) -> None:
-        if (truth is None) != (self.provenance.truth is None):
-            raise ValueError(
-                f"{self.path}: a truth is written where the provenance names one, and only there"
-            )
-        remove_partials(self.path)
-        for name in (ACTIVATIONS, CHECKSUMS, TRUTH):
-            # chunks under no plan are of a store that was deleted in part, and no one knows of which model
-            _remove(self.path / name)
-        for name, content in array_metadata(self.provenance, self.sizes).items():
-            write_atomically(self.path / name, content, sync_folder=False)
-        for name, values in (
-            (TOKENS, self.layout.tokens.astype("<i4")),
-            (DOCUMENT_OFFSETS, self.layout.document_offsets.astype("<i8")),
-            (CONTEXT_OFFSETS, self.layout.context_offsets.astype("<i8")),
-        ):
-            body = np.ascontiguousarray(values).view(np.uint8)
-            write_raw(self.path / name / "c" / "0", body, sync_folder=False)
-        if truth is not None:
-            write_truth(self.path, truth)
-        with partial_file(self.path / DOCUMENTS_FILE, sync_folder=False) as beside:
-            pq.write_table(self.layout.documents, beside, compression="zstd")
-        sync_folders(self.path)
-        planned = {TABLE_DIGESTS: table_digests(self.path, self._digested()), **attributes}
-        write_atomically(self.path / ROOT, root_metadata(self.provenance, **planned, complete=False))
-
-    def _digested(self) -> tuple[str, ...]:
-        return (*DIGESTED, *truth_chunks(self.provenance))
 
     def _checksums(self, hook: str) -> npt.NDArray[np.uint32] | None:
         """The table of a finished store; None if it has none that is whole, as an unfinished one."""
@@ -337,33 +251,10 @@ def differences(begun: Provenance, asked: Provenance) -> list[str]:
     ]
 
 
-def _refuse_existing(path: Path) -> None:
-    if (path / ROOT).exists():
-        state = "a finished store" if read_root(path).get("complete") else "an unfinished store: add --resume"
-        raise StoreExists(f"{path}: already holds {state}; choose another path or delete it")
-    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _planned_names(path)):
-        raise StoreExists(f"{path}: exists and is not a store; choose another path")
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def _planned_names(path: Path) -> set[str]:
-    return PLANNED | {p.name for p in path.glob("*.partial")}
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    busy = StoreBusy(f"{path}: another process is writing to this store; wait for it or stop it")
-    with exclusive(path / LOCK, busy):
-        yield
-
-
-def documents_table(columns: dict[str, list[Any]]) -> pa.Table:
-    """documents.parquet's table from columns, with the types that the format names."""
-    types = {name: pa.string() for name in columns} | {"n_tokens": pa.int64()}
-    return pa.table({name: pa.array(values, types[name]) for name, values in columns.items()})
+def refuse_other_settings(path: Path, begun: Provenance, asked: Provenance) -> None:
+    """Raise `StoreMismatch`, which names all that differs, unless ``path`` was begun with what is ``asked`` for now."""
+    if differing := differences(begun, asked):
+        raise StoreMismatch(
+            f"{path}: begun with other settings: {'; '.join(differing)}; resume with the first ones or "
+            "choose another path"
+        )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
-from tcsae.store.writer import documents_table
+from tcsae.store.layout import documents_table
 
 StoreFactory = Callable[..., ActivationStore]
 

@@ -7,14 +7,16 @@ import functools
 import http.server
 import ipaddress
 import socket
+import socketserver
 import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,72 @@ def make_certificate(path: Path) -> Path:
     private = key.private_bytes(pem, form, serialization.NoEncryption())
     path.write_bytes(private + certificate.public_bytes(pem))
     return path
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Passes bytes on to a server; the first ``bad`` connections that ask for a chunk are cut, or get no answer."""
+
+    daemon_threads = True
+
+    def __init__(self, target: str, bad: int, fault: str) -> None:
+        super().__init__(("127.0.0.1", 0), RelayHandler)
+        parts = urllib.parse.urlsplit(target)
+        self.target = (parts.hostname, parts.port)
+        self.left = bad
+        self.fault = fault
+        self.spoilt = 0
+        self.lock = threading.Lock()
+        self.stopping = threading.Event()
+
+    def spoils(self, request: bytes) -> bool:
+        """Whether the connection that sends ``request`` is one of the bad ones."""
+        with self.lock:
+            bad = self.left > 0 and b"/activations/" in request.split(b"\r\n", 1)[0]
+            self.left -= bad
+            self.spoilt += bad
+            return bad
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class RelayHandler(socketserver.BaseRequestHandler):
+    def handle(self):
+        with socket.create_connection(self.server.target) as onward:
+            back = threading.Thread(target=self.pass_on, args=(onward, self.request), daemon=True)
+            back.start()
+            with suppress(OSError):
+                while piece := self.request.recv(1 << 16):
+                    if self.server.spoils(piece):
+                        if self.server.fault == "late":
+                            self.server.stopping.wait(10)
+                        break
+                    onward.sendall(piece)
+            for end in (self.request, onward):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+            back.join(timeout=5)
+
+    def pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while piece := source.recv(1 << 16):
+                target.sendall(piece)
+
+
+@contextmanager
+def relaying(target: str, bad: int, fault: str = "drop") -> Iterator[Relay]:
+    """Put a `Relay` before the server at ``target`` for the block."""
+    relay = Relay(target, bad, fault)
+    thread = threading.Thread(target=relay.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield relay
+    finally:
+        relay.stopping.set()
+        relay.shutdown()
+        relay.server_close()
+        thread.join(timeout=5)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def start(*arguments: str, cwd: Path, cache: Path, limit_gb: str = "1") -> subpr
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, said = process.communicate(timeout=300)
+    out, said = process.communicate(timeout=900)
     assert process.returncode == 0, said
     return out
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tcsae.store import Layout, Provenance, StoreWriter, split_of
-from tcsae.store.writer import documents_table
+from tcsae.store.layout import documents_table
 
 
 def activations(n_rows: int, d_model: int) -> torch.Tensor:

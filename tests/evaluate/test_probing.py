@@ -34,7 +34,7 @@ from tcsae.evaluate.probing import accuracies, contrasts, deviations, in_turns, 
 from tcsae.evaluate.probing_suite import probed_parts
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
 from tcsae.store.errors import ConfigError
-from tcsae.store.writer import documents_table
+from tcsae.store.layout import documents_table
 from tcsae.train.sae.inference import SAE
 from tcsae.train.saelens import load_sae, save_sae
 

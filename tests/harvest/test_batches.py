@@ -12,7 +12,7 @@ from torch import Tensor
 from tcsae.harvest.batches import batches_of, contexts_of, input_ids, padded_tokens, run_chunk
 from tcsae.harvest.tokens import cut, offsets_of
 from tcsae.store import Layout
-from tcsae.store.writer import documents_table
+from tcsae.store.layout import documents_table
 
 LENGTHS = [7, 2, 30, 11, 5, 19]
 

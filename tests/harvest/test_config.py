@@ -33,6 +33,13 @@ CASES = [
     ),
     ExpectFail({"model": " "}, "model: expected a name", "an empty model name"),
     ExpectFail({"corpus": ""}, "corpus: expected", "an empty corpus name"),
+    ExpectFail({"context_length": 0}, "context_length: expected at least 2, got 0", "contexts of nothing"),
+    ExpectFail({"max_tokens": -5}, "max_tokens: expected at least 2, got -5", "a negative bound"),
+    ExpectFail(
+        {"store": Path("s3://lab/s.zarr")},
+        "s3://lab/s.zarr: expected a folder on this machine, got a URL; .* `tcsae store copy`",
+        "a store at a URL",
+    ),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -182,6 +183,30 @@ def test_a_dry_run_writes_nothing_and_foresees_the_store(
     assert planned.seconds > 0
 
 
+def test_a_dry_run_refuses_what_a_harvest_would_refuse(
+    reference: ActivationStore, config: HarvestConfig
+) -> None:
+    with pytest.raises(StoreExists, match="a finished store"):
+        dry_run(config)
+    with pytest.raises(StoreMismatch, match="dtype: begun with 'float32', now 'float16'"):
+        dry_run(replace(config, resume=True, dtype="float16"))
+
+
+def test_a_dry_run_of_a_resume_counts_and_times_what_is_missing(
+    reference: ActivationStore, config: HarvestConfig, tmp_path: Path
+) -> None:
+    mine = replace(config, store=tmp_path / "s.zarr", resume=True)
+    shutil.copytree(reference.path, mine.store)
+    done = dry_run(mine)
+    assert (done.missing_chunks, done.seconds, done.tokens_per_second) == (0, 0.0, 0.0)
+    (mine.store / "activations" / HOOKS[0] / "c" / "4" / "0").unlink()
+    before = hashes(mine.store)
+    planned = dry_run(mine)
+    assert (planned.missing_chunks, planned.rows) == (1, reference.n_rows)
+    assert planned.seconds * planned.tokens_per_second == pytest.approx(config.rows_per_chunk)
+    assert hashes(mine.store) == before
+
+
 # --------------------------------------------------------------------- interrupted and resumed
 
 
@@ -246,6 +271,19 @@ def test_resuming_without_a_store_begins_one(config: HarvestConfig, tmp_path: Pa
 def test_a_store_is_not_overwritten(config: HarvestConfig) -> None:
     with pytest.raises(StoreExists, match="--resume"):
         harvest(config)
+
+
+def test_a_folder_with_other_things_is_refused_before_the_model_is_loaded(
+    config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(plan, "load_model", None)
+    (tmp_path / "thesis.tex").write_text("precious")
+    for refused in (harvest, dry_run):
+        for resume in (False, True):
+            with pytest.raises(StoreExists, match="is not a store"):
+                refused(replace(config, store=tmp_path, resume=resume))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(

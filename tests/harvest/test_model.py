@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -290,6 +291,44 @@ def test_a_model_that_is_not_there_is_one_line_at_once(
     assert case.message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert time.perf_counter() - began < 5
+
+
+def cut_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def spoil_config(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": "three"}))
+
+
+DAMAGED = [
+    pytest.param(cut_weights, "expected a safetensors file", id="weights that were cut off"),
+    pytest.param(spoil_config, "cannot load this model", id="a number of layers that is none"),
+    pytest.param(
+        lambda folder: (folder / "config.json").write_text("{"), "cannot load this model", id="broken JSON"
+    ),
+    pytest.param(
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "cannot", id="no tokenizer"
+    ),
+    pytest.param(
+        lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'), "cannot", id="no such tokenizer"
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED)
+def test_a_model_folder_that_is_damaged_is_one_line(
+    damage: Callable[[Path], Any], message: str, neox_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(neox_folder, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(ModelNotFound) as caught:
+        load_model(str(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert message in str(caught.value)  # of a tokenizer, whoever comes upon it first: TransformerLens or we
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_at_once(

@@ -169,6 +169,7 @@ def test_a_scheduler_that_does_not_answer_is_one_line(
     monkeypatch.setattr("tcsae.store.parallel.ANSWER_SECONDS", 0.2)
     with pytest.raises(ConfigError, match="none answers there") as caught:
         harvest(replace(config, store=tmp_path / "s", max_tokens=1500, scheduler="tcp://127.0.0.1:9"))
+    assert list(tmp_path.iterdir()) == []
     assert "\n" not in str(caught.value)
 
 

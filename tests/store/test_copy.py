@@ -208,6 +208,12 @@ def test_what_lies_at_the_destination_is_safe(store, make_store, tmp_path):
         copy_store(store.path, other.path, resume=True)
     with pytest.raises(ConfigError, match="is the source itself"):
         copy_store(store.path, f"{store.path}/")
+    before = contents(store.path)
+    with pytest.raises(ConfigError, match="or lies in it"):
+        copy_store(store.path, store.path / "copies" / "one.zarr")
+    with pytest.raises(ConfigError, match="or lies in it"):
+        copy_store("memory://lab/store.zarr", "memory://lab/store.zarr/copy")
+    assert contents(store.path) == before
 
 
 def test_memory_urls_go_both_ways(store, tmp_path):
@@ -230,6 +236,18 @@ def test_memory_urls_go_both_ways(store, tmp_path):
 def test_an_unknown_protocol_says_what_to_install(store):
     with pytest.raises(ConfigError, match="gopher"):
         copy_store(store.path, "gopher://old/store.zarr")
+
+
+def test_a_whole_copy_that_does_not_fit_is_refused_with_the_numbers_but_for_what_is_there(
+    store, tmp_path, monkeypatch
+):
+    copy_store(store.path, tmp_path / "copy")
+    monkeypatch.setattr("tcsae.store.transfer.free_bytes", lambda path: 1000)
+    whole = sum(len(c) for name, c in contents(store.path).items() if "/c/" in name and "activ" in name)
+    with pytest.raises(DiskFull, match=f"other: expected {whole:,} bytes free .* got 1,000; free some space"):
+        copy_store(store.path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert copy_store(store.path, tmp_path / "copy", resume=True).kept > 0
 
 
 def test_a_recoded_copy_that_does_not_fit_is_refused_with_the_numbers(store, tmp_path, monkeypatch):

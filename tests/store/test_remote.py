@@ -25,7 +25,7 @@ from tcsae.store.claim import CLAIM, STALE_SECONDS, claimed
 from tcsae.store.copy import copy_store
 from tcsae.store.errors import ConfigError, RemoteError, StoreBusy, StoreCorrupt, StoreNotFound
 from tcsae.store.remote import RemoteFolder, Transfer
-from tcsae.tests.servers import Server, make_certificate, moto_server, serving
+from tcsae.tests.servers import Server, make_certificate, moto_server, relaying, serving
 
 pytest.importorskip("aiohttp", reason="needs tcsae[http]")
 
@@ -303,10 +303,53 @@ def test_s3_is_read_by_its_url_and_compressed_on_the_way(store, s3):
     assert torch.equal(opened.rows(0, 700), store.rows(200, 900))
 
 
+@pytest.mark.parametrize("fault", ["drop", "late"])
+def test_s3_connections_that_drop_or_do_not_answer_are_tried_again(store, s3, tmp_path, monkeypatch, fault):
+    patient = Transfer(attempts=4, wait=0.05, timeout=1.0)
+    url = f"{s3}/{fault}/store.zarr"
+    with (
+        relaying(os.environ["AWS_ENDPOINT_URL"], bad=2, fault=fault) as relay,
+        monkeypatch.context() as environment,
+    ):
+        environment.setenv("AWS_ENDPOINT_URL", relay.url)
+        clear_instances()  # of file systems that lead past the relay
+        copy_store(store.path, url, transfer=patient)
+        assert relay.spoilt == 2
+        relay.left = 2
+        copy_store(url, tmp_path / "back", transfer=patient)
+        assert relay.spoilt == 4
+        assert contents(tmp_path / "back") == contents(store.path)
+        relay.left = 10_000
+        with pytest.raises(RemoteError, match=r"after 4 tries .*; run the same command again") as caught:
+            copy_store(url, tmp_path / "half", transfer=patient)
+        assert "\n" not in str(caught.value)
+    clear_instances()
+    copy_store(url, tmp_path / "half", resume=True, transfer=patient)
+    assert contents(tmp_path / "half") == contents(store.path)
+
+
+def clear_instances() -> None:
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+
+
 def test_a_bucket_that_does_not_exist_is_one_line(store, s3):
     with pytest.raises(RemoteError, match="no-such-bucket"):
         copy_store(store.path, "s3://no-such-bucket/store.zarr", transfer=QUICK)
     assert os.environ["AWS_ENDPOINT_URL"].startswith("http://127.0.0.1")
+
+
+def test_without_credentials_it_is_said_at_once(s3, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    clear_instances()
+    with pytest.raises(RemoteError, match=r"cannot read \(NoCredentialsError"):
+        ActivationStore.open(f"{s3}/a/store.zarr")
+    clear_instances()
 
 
 # Two writers

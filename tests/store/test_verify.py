@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -59,6 +60,41 @@ def move_a_context(store: Path) -> None:
     write_with_crc(path, offsets)
 
 
+def plant_index(store: Path, name: str, change) -> None:
+    """Alter an index array the careful way: its own CRC and its SHA-256 fit the altered numbers."""
+    path = store / name / "c" / "0"
+    values = np.frombuffer(path.read_bytes()[:-4], "<i4" if name == "tokens" else "<i8").copy()
+    change(values)
+    write_with_crc(path, values)
+    digests = json.loads((store / "zarr.json").read_text())["attributes"]["table_sha256"]
+    edit_root(store, table_sha256=digests | {f"{name}/c/0": hashlib.sha256(path.read_bytes()).hexdigest()})
+
+
+def fall(offsets: np.ndarray) -> None:
+    offsets[3] = offsets[2] - 10
+
+
+def end_early(offsets: np.ndarray) -> None:
+    offsets[-1] -= 1
+
+
+def span(offsets: np.ndarray) -> None:
+    """Contexts begin at 0, 25, 50, 75, 100, and documents at 0, 100: the fourth context now ends at 105."""
+    offsets[4] = 105
+
+
+def below_zero(tokens: np.ndarray) -> None:
+    tokens[7] = -1
+
+
+def beyond(tokens: np.ndarray) -> None:
+    tokens[7] = 100_000
+
+
+def set_infinite(rows: np.ndarray) -> None:
+    rows[:3, 2] = -np.inf
+
+
 def set_nan(rows: np.ndarray) -> None:
     rows[5, 5] = np.nan
 
@@ -82,6 +118,34 @@ PLANTED = [
         lambda s: replant(s, 1, set_nan),
         ["c/1/0: 1 rows hold NaN", "id does not fit"],
         id="a NaN with good checksums",
+    ),
+    pytest.param(
+        lambda s: replant(s, 1, set_infinite),
+        ["c/1/0: 3 rows hold NaN or infinite", "id does not fit"],
+        id="infinite values with good checksums",
+    ),
+    pytest.param(
+        lambda s: plant_index(s, "document_offsets", fall),
+        ["document_offsets must rise, but entry 3 is 190 after 200"],
+        id="offsets that fall",
+    ),
+    pytest.param(
+        lambda s: plant_index(s, "document_offsets", end_early),
+        ["document_offsets must run from 0 to 1000, got [0]..[999]"],
+        id="offsets that do not cover",
+    ),
+    pytest.param(
+        lambda s: plant_index(s, "context_offsets", span),
+        ["the context of rows [75, 105) spans two documents: one begins at row 100"],
+        id="a context in two documents",
+    ),
+    pytest.param(
+        lambda s: plant_index(s, "tokens", below_zero), ["tokens run from -1 to 999"], id="a token below 0"
+    ),
+    pytest.param(
+        lambda s: plant_index(s, "tokens", beyond),
+        ["tokens run from 0 to 100000; the vocabulary has 100000", "id does not fit"],
+        id="a token outside the vocabulary",
     ),
     pytest.param(
         lambda s: replant(s, 1, scale),
@@ -144,6 +208,32 @@ def test_what_is_planted_is_found(path, plant, expected):
     assert all(str(path) in problem and "\n" not in problem for problem in found), found
 
 
+def spoil_documents(store: Path) -> None:
+    (store / "documents.parquet").write_bytes(b"x")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_documents, "documents.parquet: cannot be read"),
+        (lambda s: plant_index(s, "document_offsets", fall), "document_offsets must rise"),
+        (lambda s: (s / "tokens" / "c" / "0").unlink(), "tokens/c/0: chunk is missing"),
+        (lambda s: edit_root(s, d_model=8), "does not fit the group's attributes"),
+    ],
+    ids=["no table of documents", "offsets that fall", "no tokens", "a wrong width"],
+)
+def test_damaged_tables_do_not_hide_bad_chunks(path, spoil, said):
+    spoil(path)
+    flip(chunk(path, 1), 40)
+    chunk(path, 2).unlink()
+    chunk(path, 3).write_bytes(chunk(path, 0).read_bytes())
+    found = verify(path)
+    assert found.chunks == 4
+    for message in (said, "c/1/0: CRC-32C", "c/2/0: chunk is missing", "c/3/0: CRC-32C"):
+        assert any(message in problem for problem in found.problems), found.problems
+    assert not any("c/0/0" in problem for problem in found.problems if "activations" in problem)
+
+
 def test_a_good_store_has_no_problems(path):
     found = verify(path)
     assert found.problems == ()
@@ -153,6 +243,11 @@ def test_a_good_store_has_no_problems(path):
 def test_workers_find_the_same(path):
     flip_two(path)
     assert verify(path, workers=2).problems == verify(path).problems
+
+
+def test_no_workers_are_refused(path):
+    with pytest.raises(ConfigError, match="workers: expected at least 1, got 0"):
+        verify(path, workers=0)
 
 
 def test_what_is_no_store_cannot_be_verified(tmp_path):
@@ -183,10 +278,9 @@ def test_workers_that_were_started_in_another_folder_find_a_store_named_from_her
 def test_a_verification_that_is_stopped_says_so_in_one_line(path, monkeypatch):
     def stop(task):
         os.kill(os.getpid(), signal.SIGTERM)
-        return []
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("tcsae.store.verify.chunk_problems", stop)
+    monkeypatch.setattr("tcsae.store.verify.look", stop)
     with pytest.raises(Interrupted, match="interrupted; nothing was changed, run the same command again"):
         verify(path)
     assert signal.getsignal(signal.SIGTERM) == before

@@ -25,7 +25,7 @@ from tcsae.store.errors import (
     StoreIncomplete,
     StoreMismatch,
 )
-from tcsae.store.spec import Layout
+from tcsae.store.layout import Layout
 from tcsae.tests.store.damage import flip, swap
 
 HOOK = "blocks.0.hook_resid_post"
