@@ -100,7 +100,7 @@ def test_an_oracle_finds_every_feature_and_has_a_pure_block(oracles_result, sour
 
 def test_intervals_say_what_was_resampled(oracles_result):
     estimates = oracles_result.result.estimates
-    assert estimates["true_run_length_whole"].method == "bca over the SAE's features"
+    assert estimates["true_run_length_whole"].method == "bca over SAE features"
     assert estimates["f1"].method == "bca"
     assert estimates["f1"].low < estimates["f1"].value < estimates["f1"].high
     assert estimates["paired"].reason == "no interval, because it is a property of the two dictionaries"
