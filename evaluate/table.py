@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import textwrap
 
-from tcsae.evaluate.cells import ABSENT, NAMES, WIDTH, Columns, cut, figure, fitting, value, with_interval
+from tcsae.evaluate.cells import (
+    ABSENT,
+    NAMES,
+    WIDTH,
+    Columns,
+    cut,
+    figure,
+    fitting,
+    value,
+    with_interval,
+    wrapped,
+)
 from tcsae.evaluate.probe_table import probe_lines
 from tcsae.evaluate.summary import Comparison, Evaluation, replayed_documents
 from tcsae.evaluate.temporal import PRIMARY_METRIC, metric_name
@@ -28,10 +39,9 @@ def table(evaluation: Evaluation) -> str:
     lines += probe_lines(evaluation.rows)
     lines += truth_lines(evaluation, TABLE_LAG)
     for comparison in evaluation.comparisons if _OF_H in measured else ():
-        # a minus sign is no hyphen to break at
-        lines += textwrap.wrap(_compared(comparison), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += wrapped(_compared(comparison))
     for line in unlearning_lines(evaluation.rows):
-        lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += wrapped(line)
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -23,9 +23,9 @@ from tcsae.evaluate.config import EvaluatedSplit
 from tcsae.evaluate.heldout import HeldOut, Indices
 from tcsae.evaluate.information import Thirds
 from tcsae.evaluate.temporal_codes import LAGS
+from tcsae.evaluate.temporal_encoders import Encoder
 from tcsae.evaluate.temporal_pass import (
     Advance,
-    Encoder,
     accumulate,
     calibrated,
     codes_of,

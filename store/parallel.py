@@ -108,6 +108,12 @@ def map_tasks(
                 yield item, result
 
 
+def check_scheduler(address: str) -> None:
+    """Raise `ConfigError` if no Dask scheduler answers at ``address``, or one without workers."""
+    with _quiet_dask(), _connection(address, None):
+        pass
+
+
 def _finished(client: Client, running: Iterable[Future], where: str) -> set[Future]:
     """Those of ``running`` that have a result or an error, at least one.
 

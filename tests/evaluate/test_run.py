@@ -183,7 +183,7 @@ def test_note_and_caption_name_the_replayed_documents(
 ) -> None:
     captions: list[str] = []
     monkeypatch.setattr(
-        "tcsae.evaluate.run.final_metrics", lambda _rows, _path, caption: captions.append(caption)
+        "tcsae.evaluate.finish.final_metrics", lambda _rows, _path, caption: captions.append(caption)
     )
     found = evaluate(config_of(run, neox_store))
     replayed = found.rows[0].estimates["loss_recovered"].n_documents

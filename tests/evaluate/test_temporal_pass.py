@@ -14,14 +14,14 @@ import torch
 from tcsae.evaluate import table
 from tcsae.evaluate import temporal_pass as passes
 from tcsae.evaluate.heldout import Block, HeldOut
+from tcsae.evaluate.temporal_encoders import AveragedEncoder, SAEEncoder, moving_average
 from tcsae.evaluate.temporal_pass import (
-    SAEEncoder,
     codes_of,
     n_tokens_read,
     parts_of_text,
     temporal_sums,
 )
-from tcsae.evaluate.temporal_references import AveragedEncoder, moving_average, threshold_for
+from tcsae.evaluate.temporal_references import threshold_for
 from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError, TrainingCollapsed

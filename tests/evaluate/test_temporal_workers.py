@@ -13,9 +13,9 @@ from scipy.signal import lfilter
 
 from tcsae.evaluate import temporal_workers
 from tcsae.evaluate.heldout import HeldOut
+from tcsae.evaluate.temporal_encoders import SAEEncoder
 from tcsae.evaluate.temporal_pass import (
     PART_TOKENS,
-    SAEEncoder,
     calibrated,
     is_short,
     n_tokens_read,
@@ -158,6 +158,16 @@ def test_an_evaluation_on_a_scheduler_writes_the_figures_of_one_process(
     assert [one.estimates for one in shared.comparisons] == [one.estimates for one in alone.comparisons]
     for file in (tmp_path / "alone" / "features").iterdir():
         assert file.read_bytes() == (tmp_path / "shared" / "features" / file.name).read_bytes()
+
+
+def test_a_scheduler_that_does_not_answer_is_refused_before_anything_is_measured(
+    held_out: HeldOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tcsae.store.parallel.ANSWER_SECONDS", 0.2)
+    with pytest.raises(ConfigError, match="got 'tcp://127.0.0.1:9': none answers there") as caught:
+        run_of(tmp_path, held_out.store, scheduler="tcp://127.0.0.1:9")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_worker_that_outlived_one_evaluation_takes_the_next_ones_encoder(
