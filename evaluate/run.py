@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 from jaxtyping import Float
@@ -25,7 +27,7 @@ from tcsae.evaluate.token_rows import TokenRows, read_token_rows
 from tcsae.harvest.model import LanguageModel
 from tcsae.store.atomic import exclusive
 from tcsae.store.device import choose_device
-from tcsae.store.errors import RunBusy
+from tcsae.store.errors import ConfigError, RunBusy
 from tcsae.store.interrupt import interruptible
 from tcsae.store.reader import ActivationStore
 
@@ -45,12 +47,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     TrainingCollapsed
         an SAE holds NaN
     ConfigError
-        two SAEs have the same name, there is no such device, or an SAE cannot be spliced at its hook
+        the evaluation folder cannot be written, two SAEs have the same name, there is no such device, or an SAE cannot
+        be spliced at its hook
     RunBusy
         another process writes to the same folder
     Interrupted
         Ctrl-C; finished results stay
     """
+    _refuse_unwritable(config.out)
     store = None if config.store is None else ActivationStore.open(config.store)
     rows = None if config.tokens is None else read_token_rows(config.tokens)
     folders = [folder for path in config.saes for folder in find_saes(path)]
@@ -68,6 +72,17 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     subjects = [load_subject(folder, origin) for folder in folders]
     subjects += _references(subjects, origin, store, rows, model, config)
     return evaluate_subjects(with_unique_names(subjects), store, config, rows=rows, model=model)
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Raise `ConfigError` where no folder ``out`` can be made or written to."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"OUT: {out}: expected a folder, there or not, but {there} is a file; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"OUT: {out}: expected a folder that can be written to, but {there} cannot; name another"
+        )
 
 
 def _references(
