@@ -421,6 +421,16 @@ def test_a_second_evaluation_into_the_same_folder_is_refused(run: Path, neox_sto
         evaluate(config_of(run, neox_store))
 
 
+@pytest.mark.parametrize("below", ["", "below"])
+def test_results_in_the_place_of_a_file_are_refused(
+    below: str, run: Path, neox_store: ActivationStore, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match=f"expected a folder, there or not, but {file} is a file"):
+        evaluate(config_of(run, neox_store, out=file / below))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
