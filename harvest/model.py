@@ -272,6 +272,13 @@ def load_model(name: str, *, precision: Precision = "float32", device: str = "au
                 f"{location.folder}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:300]}); save it "
                 "there with save_pretrained"
             ) from error
+        if len(tokenizer) <= len(
+            tokenizer.all_special_tokens
+        ):  # what transformers makes up where there is none
+            raise ModelNotFound(
+                f"{location.folder}: expected the model's tokenizer beside its weights, got none; save it there with "
+                "save_pretrained"
+            )
     return LanguageModel(location, bare, tokenizer, sha256, precision, target)
 
 

@@ -310,7 +310,9 @@ DAMAGED = [
         lambda folder: (folder / "config.json").write_text("{"), "cannot load this model", id="broken JSON"
     ),
     pytest.param(
-        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "cannot", id="no tokenizer"
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        "expected the model's tokenizer",
+        id="no tokenizer",
     ),
     pytest.param(
         lambda folder: (folder / "tokenizer.json").write_text('{"a": 1}'), "cannot", id="no such tokenizer"

@@ -1,4 +1,4 @@
-"""Dask clusters are not in each other's way, the loss of one is one line, and what is summed does not depend on them."""
+"""Dask clusters are not in each other's way, the loss of one is one line, and sums do not depend on the workers."""
 
 from __future__ import annotations
 
