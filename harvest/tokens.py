@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -69,6 +69,7 @@ def tokenise(
             corpus.skips.add(BadRow(document.id, "shorter than two tokens"))
             continue
         if max_tokens is not None and n_rows + len(ids) > max_tokens:
+            reading.close()  # ends the progress bar's line before an error is printed
             if not pieces:
                 raise ConfigError(
                     f"max_tokens: expected at least the {len(ids):,} tokens of the first document "
@@ -127,7 +128,7 @@ def cut(document_offsets: npt.NDArray[np.int64], rows_per_context: int) -> npt.N
 
 def _with_progress(
     tokenised: Iterator[tuple[Document, list[int]]], corpus: Corpus, max_tokens: int | None
-) -> Iterator[tuple[Document, list[int]]]:
+) -> Generator[tuple[Document, list[int]], None, None]:
     """Show how far the reading is: in tokens if they are bounded, else in documents."""
     total = corpus.n_rows if max_tokens is None else max_tokens
     with progress(total, "document" if max_tokens is None else "token", f"read {corpus.spec}") as bar:

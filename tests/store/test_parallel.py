@@ -11,14 +11,9 @@ import torch
 
 from tcsae.store import StoreWriter, parallel
 from tcsae.store.errors import ConfigError, TcsaeError, WorkersLost
-from tcsae.store.parallel import HERE, map_tasks, task_pool
+from tcsae.store.parallel import HERE, Pool, map_tasks, task_pool
 from tcsae.tests.clusters import dask_cluster
 from tcsae.tests.fixtures import hashes
-
-
-def late_if_even(number: int) -> int:
-    time.sleep(0.05 * (number % 2 == 0))
-    return number * number
 
 
 def test_two_clusters_at_once_do_not_clash():
@@ -29,20 +24,30 @@ def test_two_clusters_at_once_do_not_clash():
     assert found | dict(outer) == {-1: 1, -2: 2, -3: 3}
 
 
-def test_results_come_in_the_items_order_and_statistics_are_the_same_bits_on_workers(
+class LastFirst(Pool):
+    """A pool whose results come the other way round."""
+
+    def _numbered(self, function, items):
+        return reversed(list(super()._numbered(function, items)))
+
+
+def test_results_that_come_early_are_held_back():
+    assert list(LastFirst().map(abs, [-3, 1, -2])) == [(-2, 2), (1, 1), (-3, 3)]
+    assert list(LastFirst().map_in_order(abs, [-3, 1, -2])) == [3, 1, 2]
+
+
+def test_a_store_finished_by_workers_has_the_bytes_of_one_finished_here(
     make_store, make_layout, make_provenance, tmp_path
 ):
-    # one cluster for both, since it takes seconds to start
     lengths, rows = [100] * 40, torch.randn(4000, 16, generator=torch.Generator().manual_seed(8))
     alone = make_store(rows, lengths, hooks=("a", "b"))
-    with task_pool(workers=2) as pool:
-        assert list(pool.map_in_order(late_if_even, range(8))) == [n * n for n in range(8)]
-        made = make_provenance(hooks=("a", "b"))
-        with StoreWriter.create(tmp_path / "shared.zarr", make_layout(lengths, 25), made) as writer:
-            for chunk in range(writer.n_chunks):
-                start, stop = writer.rows_of(chunk)
-                for hook in made.hooks:
-                    writer.write(hook, chunk, rows[start:stop])
+    made = make_provenance(hooks=("a", "b"))
+    with StoreWriter.create(tmp_path / "shared.zarr", make_layout(lengths, 25), made) as writer:
+        for chunk in range(writer.n_chunks):
+            start, stop = writer.rows_of(chunk)
+            for hook in made.hooks:
+                writer.write(hook, chunk, rows[start:stop])
+        with task_pool(workers=2) as pool:
             writer.finish(pool)
     assert hashes(tmp_path / "shared.zarr") == hashes(alone.path)
 
