@@ -84,7 +84,7 @@ HARVESTS = [
     (["notes", "--resume"], "notes: exists and is not a store; choose another path"),
     (
         ["acts.zarr"],
-        "acts.zarr: already holds a finished store, which --resume checks; choose another",
+        "acts.zarr: already holds a finished store, which --resume checks and mends; choose another",
     ),
     (["begun.zarr"], "an unfinished store: add --resume"),
     (["newer.zarr", "--resume"], "format 2, this tcsae reads 1; upgrade tcsae"),
