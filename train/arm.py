@@ -65,6 +65,15 @@ class Arm:
         """Of the SAE's folder: ``<arm>-s<seed>``."""
         return f"{self.config.name}-s{self.seed}"
 
+    @property
+    def takes_keys(self) -> bool:
+        """Whether its temporal term, learnt from or only measured, is against the ring."""
+        return bool(self.sae.block_size) and self.config.objective == "info_nce"
+
+    def takes_pairs(self, *, detailed: bool) -> bool:
+        """Whether a step has a temporal term: one to learn from, or to measure where all is logged."""
+        return bool(self.sae.block_size) and (self.config.alpha > 0 or detailed)
+
     @torch.no_grad()
     def begin_at(self, centre: Tensor) -> None:
         """Before the first step: let the decoder's bias begin at ``centre`` [D]."""
@@ -116,7 +125,7 @@ class Arm:
 
         alpha = contrast_weight(config, step, around.steps)
         temporal, extra = None, None
-        if sae.block_size and (alpha > 0 or detailed):
+        if self.takes_pairs(detailed=detailed):
             temporal = self._temporal(batch, coded, pairs, around, detailed, learn=alpha > 0)
         if temporal is not None and alpha > 0 and temporal.n_pairs:
             extra = self._gradient_of(alpha * temporal.loss)

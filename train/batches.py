@@ -1,7 +1,8 @@
 """Batches of windows in a seeded order, and random pieces of the train split for the ring.
 
 Nothing here has a hidden state: what is read in an epoch or after a step is a function of the seed and of
-that epoch or step, so a run resumes from ``(epoch, cursor)``.
+that epoch or step, so a run resumes from ``(epoch, cursor)``. For the same reason it can be read ahead: while a step
+computes, a thread reads the next batch and what enters the ring after this step.
 
 Legend: B tokens of a batch, W windows, D d_model.
 """
@@ -21,12 +22,14 @@ from torch import Tensor
 from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError, RunMismatch
 from tcsae.store.spec import TORCH_DTYPES
+from tcsae.train.read_ahead import ReadAhead
 from tcsae.train.scaler import Scaler
 from tcsae.train.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
 Int64Array = npt.NDArray[np.int64]
+CPU = torch.device("cpu")
 
 ORDER, RING, PAIRS = range(3)
 SAMPLE, RESAMPLE = 10, 11
@@ -59,21 +62,38 @@ class Rows(NamedTuple):
     """[token] may be anchor, positive or negative: no outlier, no special token, not too early"""
 
 
+class RingRows(NamedTuple):
+    """Rows that enter the ring, all eligible."""
+
+    raw: Float[Tensor, "row d_model"]
+    """as stored"""
+    document: Int64[Tensor, " row"]
+    position: Int64[Tensor, " row"]
+    source: Int64[Tensor, " row"]
+
+
+class _Read(NamedTuple):
+    """`Rows` as far as they are known without looking at the activations."""
+
+    raw: Float[Tensor, "token d_model"]
+    document: Int64Array
+    source: Int64Array
+    position: Int64Array
+    token: npt.NDArray[np.int32]
+    allowed: npt.NDArray[np.bool_]
+    """[token] eligible, unless it is an outlier"""
+
+
 class _Memory:
-    """Two matrices that are used again: fresh ones cost a page fault for every 4 kB, more than filling them."""
+    """A matrix that is used again: a fresh one costs a page fault for every 4 kB, more than filling it."""
 
     def __init__(self) -> None:
-        self._raw, self._x = torch.empty(0), torch.empty(0)
+        self._flat = torch.empty(0)
 
-    def raw(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        if self._raw.numel() < math.prod(shape) or self._raw.dtype != dtype:
-            self._raw = torch.empty(math.prod(shape), dtype=dtype)
-        return self._raw[: math.prod(shape)].view(shape)
-
-    def x(self, shape: tuple[int, int], device: torch.device) -> Tensor:
-        if self._x.numel() < math.prod(shape):
-            self._x = torch.empty(math.prod(shape), device=device)
-        return self._x[: math.prod(shape)].view(shape)
+    def __call__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
+        if self._flat.numel() < math.prod(shape):
+            self._flat = torch.empty(math.prod(shape), dtype=dtype, device=device)
+        return self._flat[: math.prod(shape)].view(shape)
 
 
 class WindowLoader:
@@ -162,10 +182,14 @@ class WindowLoader:
                 f"{world.size} processes cannot share out equally; expected a multiple of "
                 f"{world.size * window} tokens"
             )
-        self._batch_memory, self._ring_memory = _Memory(), _Memory()
+        self._dtype = TORCH_DTYPES[store.provenance.dtype]
+        # A batch is read into one while the one before it is used.
+        self._raw_memory = [_Memory(), _Memory()]
+        self._x_memory, self._ring_memory = _Memory(), _Memory()
+        self._ahead = ReadAhead()
+        self._loaded_epoch = -1
         self.epoch = 0
         self.cursor = 0
-        self._load_epoch()
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -175,49 +199,47 @@ class WindowLoader:
     def next(self) -> Rows:
         """The next batch, or this process's slice of it: windows one after the other, so [W, window] once reshaped.
 
-        Its tensors are overwritten by the next call.
+        Its tensors are overwritten by the next call. The batch after it begins to be read.
         """
-        picked = self._order[self.cursor : self.cursor + self.windows_per_batch]
-        starts, contexts = self._windows(picked)
-        self.cursor += self.windows_per_batch
-        if self.cursor >= self.windows_per_epoch:
-            self.cursor -= self.windows_per_epoch
-            self.epoch += 1
-            self._load_epoch()
-            log.info("epoch %d begins, in a new order", self.epoch + 1)
-            more = self._windows(self._order[: self.windows_per_batch - len(picked)])
-            starts, contexts = np.concatenate([starts, more[0]]), np.concatenate([contexts, more[1]])
-        mine = self._world.slice(self.windows_per_batch)
-        return self._read(starts[mine], contexts[mine], self._batch_memory)
+        read, epoch, cursor = self._ahead.take(self._read_batch, self.epoch, self.cursor)
+        if epoch > self.epoch:
+            log.info("epoch %d begins, in a new order", epoch + 1)
+        self.epoch, self.cursor = epoch, cursor
+        self._ahead.begin(self._read_batch, epoch, cursor)
+        return self._rows(read, self._x_memory)
 
-    def ring_rows(self, step: int, n: int) -> Rows:
-        """About 1.5 ``n`` tokens from ``min_position`` on for the ring after ``step``, in random pieces.
+    def begin_ring_rows(self, step: int, n: int) -> None:
+        """Let what `ring_rows` will be asked for begin to be read."""
+        self._ahead.begin(self._read_pieces, step, n)
+
+    def ring_rows(self, step: int, n: int) -> RingRows:
+        """``n`` tokens from ``min_position`` on for the ring after ``step``, in random pieces.
 
         A piece is as long as a window and contiguous. Contexts of a window or more are drawn so that each
         gives tokens in proportion to its positions from ``min_position`` on; within a context those near its
-        ends are in fewer pieces. The surplus makes up for outliers and special tokens. For stores with
-        `most_eligible` > 0. The tensors are overwritten by the next call.
+        ends are in fewer pieces. About 1.5 ``n`` are read to make up for outliers and special tokens; where there
+        are more of those, fewer come back. For stores with `most_eligible` > 0.
         """
-        stream = random_stream(self._seed, RING, step)
-        n_pieces = math.ceil(1.5 * n / self._eligible_per_piece)
-        drawn = stream.integers(self._piece_bounds[-1], size=n_pieces)
-        which = np.searchsorted(self._piece_bounds, drawn, side="right")
-        last = self._lengths[which] - self._window
-        first = np.minimum(self._min_position, last)
-        starts = self._store.context_offsets[self._contexts[which]] + stream.integers(first, last + 1)
-        return self._read(starts, self._contexts[which], self._ring_memory)
+        read = self._ahead.take(self._read_pieces, step, n)
+        raw = read.raw.to(self._device)
+        eligible = torch.from_numpy(np.flatnonzero(read.allowed & self._valid(raw).cpu().numpy())[:n])
+        where = eligible.to(self._device)
+        document, position, source = (
+            torch.from_numpy(values)[eligible].to(self._device)
+            for values in (read.document, read.position, read.source)
+        )
+        return RingRows(raw[where], document, position, source)
 
     def sample(self, n: int) -> Rows:
         """About ``n`` random tokens of the train split in windows, the same at every call.
 
         Contexts are drawn in proportion to their length; tokens near their ends are in fewer windows.
         """
-        stream = random_stream(self._seed, SAMPLE, 0)
-        share = self._lengths / self._lengths.sum()
-        which = stream.choice(len(share), size=math.ceil(n / self._window), p=share)
-        phase = stream.integers(self._lengths[which] - self._window + 1)
-        contexts = self._contexts[which]
-        return self._read(self._store.context_offsets[contexts] + phase, contexts, _Memory())
+        return self._rows(self._ahead.take(self._read_sample, n), _Memory())
+
+    def close(self) -> None:
+        """Wait until nothing is read any more; nothing can be read after."""
+        self._ahead.close()
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins."""
@@ -230,11 +252,49 @@ class WindowLoader:
                 f"loader state of version {state['version']}, this tcsae reads 1; upgrade tcsae"
             )
         self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self._load_epoch()
+        self._ahead.forget()
 
-    def _load_epoch(self) -> None:
-        """The order of `epoch`, 4 bytes a window, and each context's phase: windows follow from them."""
-        stream = random_stream(self._seed, ORDER, self.epoch)
+    # What follows, but for the last two methods, runs in the thread that reads ahead, and there alone.
+
+    def _read_batch(self, epoch: int, cursor: int) -> tuple[_Read, int, int]:
+        """The batch at a place, and the place after it."""
+        self._load_epoch(epoch)
+        picked = self._order[cursor : cursor + self.windows_per_batch]
+        starts, contexts = self._windows(picked)
+        cursor += self.windows_per_batch
+        if cursor >= self.windows_per_epoch:
+            epoch, cursor = epoch + 1, cursor - self.windows_per_epoch
+            self._load_epoch(epoch)
+            more = self._windows(self._order[: self.windows_per_batch - len(picked)])
+            starts, contexts = np.concatenate([starts, more[0]]), np.concatenate([contexts, more[1]])
+        mine = self._world.slice(self.windows_per_batch)
+        self._raw_memory.reverse()
+        return self._read(starts[mine], contexts[mine], self._raw_memory[0]), epoch, cursor
+
+    def _read_pieces(self, step: int, n: int) -> _Read:
+        stream = random_stream(self._seed, RING, step)
+        n_pieces = math.ceil(1.5 * n / self._eligible_per_piece)
+        drawn = stream.integers(self._piece_bounds[-1], size=n_pieces)
+        which = np.searchsorted(self._piece_bounds, drawn, side="right")
+        last = self._lengths[which] - self._window
+        first = np.minimum(self._min_position, last)
+        starts = self._store.context_offsets[self._contexts[which]] + stream.integers(first, last + 1)
+        return self._read(starts, self._contexts[which], self._ring_memory)
+
+    def _read_sample(self, n: int) -> _Read:
+        stream = random_stream(self._seed, SAMPLE, 0)
+        share = self._lengths / self._lengths.sum()
+        which = stream.choice(len(share), size=math.ceil(n / self._window), p=share)
+        phase = stream.integers(self._lengths[which] - self._window + 1)
+        contexts = self._contexts[which]
+        return self._read(self._store.context_offsets[contexts] + phase, contexts, _Memory())
+
+    def _load_epoch(self, epoch: int) -> None:
+        """The order of ``epoch``, 4 bytes a window, and each context's phase: windows follow from them."""
+        if epoch == self._loaded_epoch:
+            return
+        self._loaded_epoch = epoch
+        stream = random_stream(self._seed, ORDER, epoch)
         # A phase of 0 .. L mod window leaves room for all L // window windows.
         self._phases = stream.integers(self._lengths % self._window + 1)
         self._order = stream.permutation(np.arange(self.windows_per_epoch, dtype=np.uint32))
@@ -247,19 +307,25 @@ class WindowLoader:
         starts = self._store.context_offsets[contexts] + self._phases[which] + within * self._window
         return starts, contexts
 
-    def _read(self, starts: Int64Array, contexts: Int64Array, memory: _Memory) -> Rows:
+    def _read(self, starts: Int64Array, contexts: Int64Array, memory: _Memory) -> _Read:
         rows = (starts[:, None] + np.arange(self._window)).ravel()
-        shape = (len(rows), self._store.d_model)
-        dtype = TORCH_DTYPES[self._store.provenance.dtype]
-        raw = self._store.gather(rows, self._hook, memory.raw(shape, dtype)).to(self._device)
-        valid = torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32) <= self._outlier_norm
-        x = self.scaler.normalise(raw, memory.x(shape, self._device))
-        if not valid.all():
-            raw[~valid] = 0
-            x[~valid] = 0
+        raw = self._store.gather(rows, self._hook, memory((len(rows), self._store.d_model), self._dtype))
         per_token = np.repeat(contexts, self._window)
         document = self._store.document_of_context[per_token]
         position = rows - self._store.context_offsets[per_token]
         token = self._store.tokens_at(rows)
-        eligible = (position >= self._min_position) & ~np.isin(token, self._special) & valid.cpu().numpy()
-        return Rows(raw, x, valid, document, self._source[document], position, token, eligible)
+        allowed = (position >= self._min_position) & ~np.isin(token, self._special)
+        return _Read(raw, document, self._source[document], position, token, allowed)
+
+    def _valid(self, raw: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32) <= self._outlier_norm
+
+    def _rows(self, read: _Read, memory: _Memory) -> Rows:
+        raw = read.raw.to(self._device)
+        valid = self._valid(raw)
+        x = self.scaler.normalise(raw, memory((len(raw), raw.shape[1]), torch.float32, self._device))
+        if not valid.all():
+            raw[~valid] = 0
+            x[~valid] = 0
+        eligible = read.allowed & valid.cpu().numpy()
+        return Rows(raw, x, valid, read.document, read.source, read.position, read.token, eligible)

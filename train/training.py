@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +36,7 @@ from tcsae.train.collapse import CollapseWatch, Watched
 from tcsae.train.config import TrainConfig
 from tcsae.train.median import SAMPLE_TOKENS, geometric_median
 from tcsae.train.metrics import MACHINE, MACHINE_FILE, METRICS, METRICS_FILE, Log
-from tcsae.train.pairs import AskedPairs, Pairs, asked_pairs, sample_pairs
+from tcsae.train.pairs import NO_PAIRS, AskedPairs, Pairs, asked_pairs, sample_pairs
 from tcsae.train.plots import plot_training
 from tcsae.train.precision import compiled, dtype_for, float32_linear, linear_for
 from tcsae.train.ring import Ring
@@ -94,6 +93,8 @@ class Training:
             buffer=torch.empty(config.batch_tokens // world.size * widest, device=device),
             steps=config.steps,
         )
+        self.feeds_ring = self.loader.most_eligible > 0 and any(arm.takes_keys for arm in self.arms)
+        """whether some arm compares with the ring's items; it stays empty otherwise"""
         self.done = 0
         self.metrics, self.machine = Log(METRICS), Log(MACHINE)
         self.writers: list[Writer] = []
@@ -141,13 +142,16 @@ class Training:
         config, step = self.config, self.done
         with self.world.together():
             batch = self.loader.next()
-        terms, drawn = {}, self._pairs(batch, step)
+        if self.feeds_ring:
+            self.loader.begin_ring_rows(step, config.ring_feed)
+        terms, drawn = {}, self._pairs(batch, step, detailed=detailed)
         for arm in self.arms:
-            pairs = drawn[asked_pairs(arm.config)]
+            pairs = drawn.get(asked_pairs(arm.config), NO_PAIRS)
             terms[arm.name] = arm.step(batch, pairs, self.around, step, detailed=detailed)
-        # After the loss: no positive is among the keys of its own step.
-        with self.world.together():
-            self.feed(step, config.ring_feed)
+        if self.feeds_ring:
+            # After the loss: no positive is among the keys of its own step.
+            with self.world.together():
+                self.feed(step, config.ring_feed)
         self.done += 1
         if detailed:
             self._log(terms)
@@ -159,16 +163,8 @@ class Training:
         Fewer enter where more than a third of the positions are outliers or special tokens, none where no
         context reaches ``min_position``.
         """
-        if not self.loader.most_eligible:
-            return
-        rows = self.loader.ring_rows(step, n)
-        eligible = np.flatnonzero(rows.eligible)[:n]
-        device = rows.raw.device
-        document, position, source = (
-            torch.from_numpy(values[eligible]).to(device)
-            for values in (rows.document, rows.position, rows.source)
-        )
-        self.ring.push(rows.raw[torch.from_numpy(eligible).to(device)], document, position, source)
+        if self.loader.most_eligible:
+            self.ring.push(*self.loader.ring_rows(step, n))
 
     def save(self, folder: Path) -> None:
         """Write metrics so far and a checkpoint; of several processes the first does."""
@@ -264,14 +260,17 @@ class Training:
     def _valid_rows(self, batch: Rows) -> Tensor:
         return batch.x[batch.valid]
 
-    def _pairs(self, batch: Rows, step: int) -> dict[AskedPairs, Pairs]:
+    def _pairs(self, batch: Rows, step: int, *, detailed: bool = True) -> dict[AskedPairs, Pairs]:
         """Drawn once for all arms that ask for the same; every draw begins with the same stream."""
+        asking = {asked_pairs(arm.config) for arm in self.arms if arm.takes_pairs(detailed=detailed)}
+        if not asking:
+            return {}
         token, document, eligible = (
             self.world.gather(torch.from_numpy(values)).numpy()
             for values in (batch.token, batch.document, batch.eligible)
         )
         drawn = {}
-        for asked in {asked_pairs(arm.config) for arm in self.arms}:
+        for asked in asking:
             stream = random_stream(self.config.data_seed, PAIRS, step)
             drawn[asked] = sample_pairs(token, document, eligible, asked, stream)
         return drawn
@@ -364,7 +363,7 @@ def peak_memory() -> int:
 def timed_steps(training: Training, n: int) -> Iterator[float]:
     """Seconds of each of ``n`` ordinary steps with a full ring, after one to warm up; alters ``training``."""
     ring = training.ring
-    for i in range(-(-ring.size // training.config.ring_feed)):
+    for i in range(-(-ring.size // training.config.ring_feed) if training.feeds_ring else 0):
         training.feed(training.config.steps + i, training.config.ring_feed)
     training.step(detailed=False)
     for _ in range(n):

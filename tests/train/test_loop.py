@@ -28,8 +28,10 @@ from tcsae.store.errors import (
     TrainingCollapsed,
 )
 from tcsae.train import ArmConfig, Run, TrainConfig, dry_run, load_config, load_sae, train
+from tcsae.train import training as training_module
 from tcsae.train.arm import Arm
-from tcsae.train.batches import Rows
+from tcsae.train.batches import Rows, WindowLoader
+from tcsae.train.pairs import Pairs
 from tcsae.train.plots import plot_training
 from tcsae.train.precision import Linear, float32_linear
 from tcsae.train.sae.batch_topk import BatchTopK
@@ -146,6 +148,40 @@ def test_positives_are_not_among_the_keys_of_their_own_step(
     assert terms["tc8-s0"]["ring_filled"] == 0
     assert training.ring.filled == 32
     assert (training.ring.position[:32] >= 2).all()
+
+
+def test_what_no_arm_looks_at_is_neither_read_nor_drawn(
+    sticky_store: ActivationStore, small_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, drawn = [], []
+    originals = WindowLoader.begin_ring_rows, training_module.sample_pairs
+
+    def begin(self: WindowLoader, step: int, n: int) -> None:
+        read.append(step)
+        originals[0](self, step, n)
+
+    def sample(*given: Any) -> Pairs:
+        drawn.append(given)
+        return originals[1](*given)
+
+    monkeypatch.setattr(WindowLoader, "begin_ring_rows", begin)
+    monkeypatch.setattr(training_module, "sample_pairs", sample)
+    control, contrast = small_config().arms
+
+    def found(*arms: ArmConfig) -> tuple[int, int, int]:
+        """Steps that read for the ring, draws of pairs, and items in the ring after a logged and four other steps."""
+        read.clear()
+        drawn.clear()
+        training = Training(sticky_store, small_config(arms=arms), CPU)
+        for step in range(5):
+            training.step(detailed=step == 0)
+        return len(read), len(drawn), training.ring.filled
+
+    plain = replace(control, block_share=0.0)
+    assert found(plain) == (0, 0, 0)
+    assert found(control) == (5, 1, 5 * 32)  # measures what it does not learn from where that is logged
+    assert found(plain, contrast) == (5, 5, 5 * 32)
+    assert found(replace(contrast, objective="in_batch")) == (0, 5, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------
