@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tcsae.train.average import WeightAverage
-from tcsae.train.batches import RESAMPLE, Rows, random_stream
+from tcsae.train.batches import Rows
 from tcsae.train.config import ArmConfig
 from tcsae.train.losses import Contrast, auxiliary
 from tcsae.train.pairs import Pairs
@@ -24,6 +24,7 @@ from tcsae.train.scaler import Scaler
 from tcsae.train.schedule import contrast_weight, learning_rate, sparsity_weight
 from tcsae.train.slices import auxiliary_addend, losses_addend, temporal_addend, whole_code
 from tcsae.train.temporal import temporal_term
+from tcsae.train.window_reader import RESAMPLE, random_stream
 from tcsae.train.world import ALONE, World
 
 BETAS = (0.9, 0.999)

@@ -2,7 +2,7 @@
 
 Both only reject; nothing is filled in, so the file that a run writes is what it was given. What depends on
 the length of the run or on the store is checked before the first step, by `tcsae.train.schedule`,
-`ArmConfig.check_sizes` and `tcsae.train.batches`.
+`ArmConfig.check_sizes` and `tcsae.train.window_reader`.
 """
 
 from __future__ import annotations

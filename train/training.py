@@ -21,7 +21,7 @@ from tcsae.store.interrupt import Stop
 from tcsae.store.progress import progress
 from tcsae.store.spec import TORCH_DTYPES
 from tcsae.train.arm import Arm, Surroundings
-from tcsae.train.batches import PAIRS, Rows, WindowLoader, random_stream
+from tcsae.train.batches import Rows, WindowLoader
 from tcsae.train.checkpoint import (
     Checkpoint,
     arm_tensors,
@@ -44,6 +44,7 @@ from tcsae.train.run import FIGURE_FILE, SAE_FOLDER, Status, set_status
 from tcsae.train.saelens import save_sae
 from tcsae.train.schedule import check_schedule
 from tcsae.train.temporal import check_data
+from tcsae.train.window_reader import PAIRS, random_stream
 from tcsae.train.world import ALONE, World
 from tcsae.train.writers import Writer
 
