@@ -151,27 +151,29 @@ class Arm:
         if self.average is not None:
             self.average.update(sae, step + 1)
 
-        main, explained, contrast = world.totals(
-            objective.item(), losses.fvu.item(), temporal.loss.item() if temporal is not None else 0.0
+        main, explained, fit, penalised, auxiliary_loss, contrast = world.totals(
+            objective.item(),
+            losses.fvu.item(),
+            losses.fit.item(),
+            losses.sparsity.item(),
+            aux.item(),
+            temporal.loss.item() if temporal is not None else 0.0,
         )
         coded = coded._replace(code=whole_code(coded.code, len(batch.x), world))
         terms = {
             "loss": main + alpha * contrast,
             "fvu": explained,
+            "fit": fit,
+            "sparsity": penalised,
+            "auxiliary": auxiliary_loss,
             "n_pairs": temporal.n_pairs if temporal is not None else 0,
             **self._counts(coded, dead, n_tokens),
         }
         if detailed:
-            fit, penalised, auxiliary_loss = world.totals(
-                losses.fit.item(), losses.sparsity.item(), aux.item()
-            )
             terms |= self._details(batch, coded, sizes, around, temporal, contrast, n_tokens)
             terms |= {
-                "fit": fit,
-                "sparsity": penalised,
                 "sparsity_weight": sparsity,
                 "l2_penalty": l2,
-                "auxiliary": auxiliary_loss,
                 "resampled": int(self.resampled),
                 "alpha": alpha,
                 "gradient_norm": main_norm,

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 NEARLY_ALL = 0.99
 """share of dead features that counts as a collapse when it lasts"""
 
+TERMS = ("fvu", "fit", "sparsity", "auxiliary")
+"""what every step tells of a loss; it is also made of the contrast and the L2 penalty"""
+
 
 class Watched(NamedTuple):
     """What must be known of an SAE to judge its terms."""
@@ -62,7 +65,8 @@ l0_l 0, dead_l 2 of 8'
     def _reason(self, name: str, found: dict[str, Any]) -> str | None:
         blocks, contrasts = self._watched[name]
         if not math.isfinite(found["loss"]):
-            return "the loss is not finite"
+            terms = [term for term in TERMS if not math.isfinite(found[term])]
+            return f"the loss is not finite ({', '.join(terms or ['contrast or l2_penalty'])})"
         if found["l0"] == 0:
             return "no feature is active (L0 = 0)"
         for block, size in blocks.items():

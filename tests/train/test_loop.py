@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from tcsae.train import ArmConfig, Run, TrainConfig, dry_run, load_config, load_
 from tcsae.train import training as training_module
 from tcsae.train.arm import Arm
 from tcsae.train.batches import Rows, WindowLoader
+from tcsae.train.collapse import CollapseWatch, Watched
 from tcsae.train.pairs import Pairs
 from tcsae.train.plots import plot_training
 from tcsae.train.precision import Linear, float32_linear
@@ -301,7 +303,7 @@ def _silence_h(arm: Arm) -> None:
 @pytest.mark.parametrize(
     ("change", "dead_after", "message"),
     [
-        (_nan, 640, "tc8-s0 collapsed at step 10: the loss is not finite"),
+        (_nan, 640, r"tc8-s0 collapsed at step 10: the loss is not finite \(fvu, fit\); loss nan, fvu nan"),
         (_silence, 640, r"tc8-s0 collapsed at step 10: no feature is active \(L0 = 0\)"),
         (
             _silence_h,
@@ -335,6 +337,23 @@ def test_a_collapsed_sae_stops_the_run_with_step_and_figures(
     assert "step-00000007.safetensors" in str(caught.value)
     assert "dead_share" in str(caught.value)
     assert Run.open(tmp_path / "run").status == "collapsed"
+
+
+@pytest.mark.parametrize(
+    ("term", "named"),
+    [
+        ("fvu", "fvu"),
+        ("auxiliary", "auxiliary"),
+        ("sparsity", "sparsity"),
+        ("l2_penalty", "contrast or l2_penalty"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_laid_to_its_term(term: str, named: str) -> None:
+    found: dict[str, float] = dict.fromkeys(("fvu", "fit", "sparsity", "auxiliary", "dead_share"), 0.1)
+    found |= {"l0": 1.0, "l0_l": 1.0, "dead_l": 0, "loss": math.inf, term: math.inf}
+    problem = CollapseWatch({"a-s0": Watched({"l": 8}, contrasts=False)}, 3).problem({"a-s0": found}, 4)
+    assert problem is not None
+    assert problem.startswith(f"a-s0 collapsed at step 4: the loss is not finite ({named}); loss inf")
 
 
 def test_a_contrast_that_stays_without_pairs_stops_the_run(
