@@ -173,7 +173,8 @@ class WindowLoader:
         self._ahead.forget()
 
     def _valid(self, raw: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32) <= self._outlier_norm
+        valid: Tensor = torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32) <= self._outlier_norm
+        return valid
 
     def _rows(self, read: ReadRows, memory: Memory) -> Rows:
         raw = read.raw.to(self._device)

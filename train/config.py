@@ -294,7 +294,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     """steps between two checkpoints"""
     collapse_steps: int = 100
-    """steps with more than 99 % of an SAE's features dead after which the run stops"""
+    """steps with more than 99 % of an SAE's features dead, or with next to none active, after which the run stops"""
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -320,8 +320,8 @@ class TrainConfig:
         for arm in self.arms:
             if self.window % arm.window or self.batch_tokens % self.window:
                 raise ConfigError(
-                    f"{arm.name}: window = {arm.window} must divide the longest window, {self.window}, and "
-                    f"that batch_tokens = {self.batch_tokens}, so that all arms see the same tokens"
+                    f"{arm.name}: window = {arm.window} must divide the longest window, {self.window}, and the "
+                    f"longest must divide batch_tokens = {self.batch_tokens}, so that all arms see the same tokens"
                 )
             if arm.anchors > self.batch_tokens:
                 raise ConfigError(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
 Found = TypeVar("Found")
 
 
@@ -26,13 +25,13 @@ class ReadAhead:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
         self._begun: dict[tuple[Any, ...], Future[Any]] = {}
 
-    def begin(self, read: Callable[P, Found], *arguments: P.args, **_: P.kwargs) -> None:
+    def begin(self, read: Callable[..., Any], *arguments: Any) -> None:
         """Let ``read(*arguments)`` be next, unless it has been begun."""
         key = (read, *arguments)
         if key not in self._begun:
             self._begun[key] = self._thread.submit(read, *arguments)
 
-    def take(self, read: Callable[P, Found], *arguments: P.args, **_: P.kwargs) -> Found:
+    def take(self, read: Callable[..., Found], *arguments: Any) -> Found:
         """What ``read(*arguments)`` returned; it is waited for, and begun now if it was not."""
         self.begin(read, *arguments)
         found: Found = self._begun.pop((read, *arguments)).result()

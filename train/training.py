@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import time
@@ -35,6 +36,7 @@ from tcsae.train.checkpoint import (
 from tcsae.train.collapse import CollapseWatch, Watched
 from tcsae.train.config import TrainConfig
 from tcsae.train.median import SAMPLE_TOKENS, geometric_median
+from tcsae.train.memory import check_memory, least_bytes
 from tcsae.train.metrics import MACHINE, MACHINE_FILE, METRICS, METRICS_FILE, Log
 from tcsae.train.pairs import NO_PAIRS, AskedPairs, Pairs, asked_pairs, sample_pairs
 from tcsae.train.plots import plot_training
@@ -47,6 +49,8 @@ from tcsae.train.temporal import check_data
 from tcsae.train.window_reader import PAIRS, random_stream
 from tcsae.train.world import ALONE, World
 from tcsae.train.writers import Writer
+
+log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 16
 """batches of train tokens over which the final thresholds are a quantile"""
@@ -67,6 +71,8 @@ class Training:
         for arm in config.arms:
             check_schedule(arm, config.steps)
             arm.check_sizes(store.d_model)
+        dtype = TORCH_DTYPES[store.provenance.dtype]
+        check_memory(least_bytes(config, store.d_model, dtype, world.size), device)
         self.loader = WindowLoader(
             store,
             config.hook,
@@ -83,7 +89,7 @@ class Training:
             Arm(arm, seed, store.d_model, device, world) for arm in config.arms for seed in config.seeds
         ]
         self._centre_decoders()
-        self.ring = Ring(config.ring_size, store.d_model, TORCH_DTYPES[store.provenance.dtype], device)
+        self.ring = Ring(config.ring_size, store.d_model, dtype, device)
         widest = max(arm.features(store.d_model) for arm in config.arms)
         linear = linear_for(config.precision, device)
         self.around = Surroundings(
@@ -137,6 +143,16 @@ class Training:
                         f"{config.steps}; the state is saved, go on with "
                         f"`tcsae train {self.store.url} {folder} --resume`"
                     )
+
+    def _warn(self) -> None:
+        """Say of what has been trained to the end that it is worth nothing: nothing else would."""
+        for line in self.metrics.last(len(self.arms)):
+            if not line["fvu"] < 1:
+                log.warning(
+                    "%s-s%d: explained variance %.3f with %.2f active features per token in the last step, no better "
+                    "than the activations' mean; raise tokens, or lower learning_rate or sparsity_weight",
+                    *(line["arm"], line["seed"], 1 - line["fvu"], line["l0"]),
+                )
 
     def step(self, *, detailed: bool) -> dict[str, dict[str, Any]]:
         """One step of every arm on the same batch; the terms of each by name, logged if ``detailed``."""
@@ -248,6 +264,7 @@ class Training:
             sae = arm.sae.to_inference(self.loader.scaler, name=arm.name, metadata=self._metadata(arm))
             save_sae(sae, folder / SAE_FOLDER / arm.name)
         plot_training(folder / METRICS_FILE, folder / FIGURE_FILE, self.config)
+        self._warn()
         set_status(folder, self.store, self.config, "finished", self.done)
 
     def _centre_decoders(self) -> None:

@@ -213,6 +213,10 @@ REFUSED = [
         },
         "the SAE has 0 of",
     ),
+    (
+        {"ring_size": 10**12},
+        "ring_size: this run needs at least 32,000,000 MB of memory, 32,000,000 MB of them",
+    ),
     ({"min_position": 24}, "tc8: alpha is 0.1, but no context .* two positions from min_position = 24 on"),
 ]
 
@@ -231,6 +235,7 @@ REFUSED = [
         "block L smaller than its k",
         "block H without a feature",
         "no feature at all",
+        "a ring larger than the machine's memory",
         "a contrast without two eligible positions",
     ],
 )
@@ -356,6 +361,37 @@ def test_a_loss_that_is_not_finite_is_laid_to_its_term(term: str, named: str) ->
     assert problem.startswith(f"a-s0 collapsed at step 4: the loss is not finite ({named}); loss inf")
 
 
+def test_next_to_no_active_features_are_a_collapse_when_they_last() -> None:
+    watch = CollapseWatch({"a-s0": Watched({"l": 8}, contrasts=False)}, 3)
+    found = dict.fromkeys(("loss", "fvu", "dead_share"), 0.9) | {"dead_l": 0}
+    problems = [
+        watch.problem({"a-s0": {**found, "l0": l0, "l0_l": l0}}, step)
+        for step, l0 in enumerate([0.05, 0.05, 0.2, 0.05, 0.05, 0.05])
+    ]
+    assert problems[:5] == [None] * 5
+    assert problems[5] is not None
+    assert "at step 5: fewer than 0.1 features per token have been active for 3 steps; " in problems[5]
+
+
+def test_a_run_that_ends_worse_than_the_mean_says_so(
+    sticky_store: ActivationStore,
+    small_config: ConfigFactory,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = small_config(tokens=8 * 128, arm={"warmup_steps": 2, "learning_rate": 5e-3})
+    dense = replace(
+        config.arms[0], name="dense", architecture="standard", sparsity_weight=1e-3, learning_rate=1e-6
+    )
+    run = train(sticky_store, tmp_path / "run", replace(config, arms=(*config.arms, dense)))
+    last = {line["arm"]: line for line in pq.read_table(run.metrics).to_pylist()}
+    assert last["dense"]["fvu"] > 1 > last["tc8"]["fvu"]
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.getMessage().startswith(
+        f"dense-s0: explained variance {1 - last['dense']['fvu']:.3f} with "
+    )
+
+
 def test_a_contrast_that_stays_without_pairs_stops_the_run(
     make_store: Callable[..., ActivationStore], small_config: ConfigFactory, tmp_path: Path
 ) -> None:
@@ -390,6 +426,17 @@ def test_a_folder_with_something_else_is_left_alone(
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunExists, match="already holds something else; choose another path"):
         train(sticky_store, tmp_path, small_config())
+
+
+def test_a_path_that_cannot_be_written_to_is_named(
+    sticky_store: ActivationStore, small_config: ConfigFactory, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    path = tmp_path / "thesis.txt" / "run"
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: cannot be written to \(Not a directory\); choose another"
+    ):
+        train(sticky_store, path, small_config())
 
 
 def test_resuming_nothing_or_something_else_is_refused_by_name(
