@@ -27,9 +27,10 @@ import torch
 
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.temporal import temporal_figures
+from tcsae.evaluate.temporal_encoders import SAEEncoder, random_directions, random_encoder
 from tcsae.evaluate.temporal_features import figures
-from tcsae.evaluate.temporal_pass import SAEEncoder, parts_of_text, temporal_sums
-from tcsae.evaluate.temporal_references import random_directions, random_encoder, threshold_for
+from tcsae.evaluate.temporal_pass import parts_of_text, temporal_sums
+from tcsae.evaluate.temporal_references import threshold_for
 from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter
 from tcsae.store.writer import documents_table

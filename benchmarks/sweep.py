@@ -25,8 +25,9 @@ from scipy.stats import t as student
 
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.temporal import PRIMARY_METRIC
+from tcsae.evaluate.temporal_encoders import SAEEncoder
 from tcsae.evaluate.temporal_features import figures
-from tcsae.evaluate.temporal_pass import SAEEncoder, temporal_sums
+from tcsae.evaluate.temporal_pass import temporal_sums
 from tcsae.store import ActivationStore
 from tcsae.train import ArmConfig, Run, TrainConfig, load_sae, train
 from tcsae.train.sae.inference import SAE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 from tcsae.evaluate.estimates import Estimate
@@ -30,6 +31,12 @@ def fitting(rows: Sequence[Row], columns: Columns, spared: Sequence[str] = ()) -
         if max(map(len, lines)) <= WIDTH:
             break
     return lines
+
+
+def wrapped(text: str) -> list[str]:
+    """One entry of a list as lines, those after the first indented."""
+    # a minus sign is no hyphen to break at
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def cut(text: str, most: int) -> str:

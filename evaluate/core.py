@@ -56,8 +56,7 @@ METRICS = (
 NO_MODEL = "no language model made the store"
 """why a synthetic store has no replay figures"""
 
-NO_INTERVAL = "no interval, because a resample has fewer different documents, hence more silent features"
-
+NO_INTERVAL = "no interval, because a resample has fewer different {}s, hence more silent features"
 
 STORED, REPLAYED = "store", "replayed_activations"
 """Where the reconstruction figures come from, as the result's file calls it."""
@@ -94,11 +93,11 @@ def replay_figures(sums: Array) -> Array:
 
 
 def reconstruction_part(
-    sae: SAE, found: Gathered, n_documents: int, counts: Array
+    sae: SAE, found: Gathered, n_documents: int, counts: Array, unit: str = "document"
 ) -> tuple[dict[str, Estimate], dict[str, Draws], dict[str, Any]]:
-    """Estimates, draws and facts of what was gathered; ``counts`` are the resamples of its units."""
+    """Estimates, draws and facts of what was gathered; ``counts`` are the resamples of its units, each a ``unit``."""
     boot = bootstrap(found.sums, lambda sums: reconstruction.figures(sums, sae.d_in), counts)
-    estimates, draws = estimates_of(reconstruction.METRICS, boot, n_documents)
+    estimates, draws = estimates_of(reconstruction.METRICS, boot, n_documents, unit)
     dead = found.firings == 0
     parts = {"": dead}
     if sae.block_size:
@@ -109,7 +108,7 @@ def reconstruction_part(
             draws.pop(name, None)
     for part, members in parts.items():
         name = f"dead_fraction{part}"
-        share, reason = float(members.mean()) if len(members) else None, NO_INTERVAL
+        share, reason = float(members.mean()) if len(members) else None, NO_INTERVAL.format(unit)
         if not found.n_kept:
             share, reason = None, f"undefined, because {reconstruction.NO_TOKEN}"
         estimates[name] = Estimate.count(name, "fraction of features", share, n_documents, reason)
@@ -203,7 +202,7 @@ def core_result(
     if replay.gathered is not None:
         source = REPLAYED
         estimates, draws, activations = reconstruction_part(
-            sae, replay.gathered[at], text.n_documents, counts
+            sae, replay.gathered[at], text.n_documents, counts, text.unit
         )
     else:
         assert text.held_out is not None
@@ -212,7 +211,7 @@ def core_result(
             sae, text.held_out, n_bootstrap=n_bootstrap, seed=seed, advance=advance
         )
     found = bootstrap(replay.sums(at), replay_figures, counts)
-    more, more_draws = estimates_of(METRICS, found, text.n_documents)
+    more, more_draws = estimates_of(METRICS, found, text.n_documents, text.unit)
     figures, featurewise = replay.saebench_figures(at)
     figures["total_tokens_eval_reconstruction"] = text.n_positions
     figures["total_tokens_eval_sparsity_variance"] = text.n_positions
@@ -227,6 +226,7 @@ def core_result(
             "n_batches": len(text.batches),
             "n_kept": int(replay.n_kl.sum()),
             "n_predictions": int(replay.n_ce.sum()),
+            "resampled": f"{text.unit}s",
             **text.facts,
         },
         "undefined": undefined,

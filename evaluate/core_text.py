@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,8 +22,10 @@ class ReplayText:
 
     batches: Sequence[Batch]
     """in the order in which they are run"""
+    unit: Literal["document", "row"]
+    """of resampling: a document, or a row of the file"""
     n_documents: int
-    """units of resampling: documents, or rows of the file"""
+    """such units"""
     n_positions: int
     """as SAEBench counts them: batches of full contexts, special tokens included"""
     mean: Float[Tensor, " d_model"]
@@ -44,13 +46,13 @@ def text_of_store(held_out: HeldOut, *, max_tokens: int, batch_size: int, seed: 
     batches = held_out.batches(max_tokens, batch_size, seed)
     return ReplayText(
         batches=batches,
+        unit="document",
         n_documents=1 + max(document for batch in batches for document in batch.document),
         n_positions=held_out.store.provenance.context_length * len(batches) * batch_size,
         mean=_mean_of_store(held_out.store, held_out.hook),
         held_out=held_out,
         facts={
             "text": f"contexts drawn from the store's {held_out.split} documents",
-            "resampled": "documents",
             "mean_ablation": "mean over the store's train split",
         },
     )
@@ -74,6 +76,7 @@ def text_of_rows(
     batches = rows.batches(batch_size, special)
     return ReplayText(
         batches=batches,
+        unit="row",
         n_documents=rows.n_rows,
         n_positions=rows.n_tokens,
         mean=_mean_of_rows(batches, hook, model, advance) if store is None else _mean_of_store(store, hook),
@@ -81,7 +84,6 @@ def text_of_rows(
         facts={
             "text": f"rows of {rows.path.name} in order",
             "tokens_sha256": rows.sha256,
-            "resampled": "rows",
             "mean_ablation": "mean over these rows' kept tokens"
             if store is None
             else "mean over the store's train split",

@@ -98,13 +98,13 @@ class SuiteResult:
 
 
 def estimates_of(
-    metrics: Sequence[Metric], found: Bootstrap, n_documents: int
+    metrics: Sequence[Metric], found: Bootstrap, n_documents: int, unit: str = "document"
 ) -> tuple[dict[str, Estimate], dict[str, Draws]]:
-    """Intervals of every column of ``found`` that is finite, reasons for those that are not."""
+    """Intervals of every column of ``found`` that is finite, reasons for those that are not; ``unit`` was resampled."""
     estimates, draws = {}, {}
     for at, metric in enumerate(metrics):
         one = Draws(float(found.value[at]), found.draws[:, at], found.leave_one_out[:, at])
-        ends = interval(one.value, one.draws, one.leave_one_out, undefined=metric.undefined)
+        ends = interval(one.value, one.draws, one.leave_one_out, undefined=metric.undefined, unit=unit)
         estimates[metric.name] = Estimate.of(metric.name, metric.unit, ends, n_documents)
         if ends.value is not None:
             draws[metric.name] = one

@@ -135,6 +135,7 @@ def interval(
     leave_one_out: Float[np.ndarray, " unit"],
     *,
     undefined: str = "0/0",
+    unit: str = "document",
     level: float = LEVEL,
 ) -> Interval:
     """The BCa interval of one metric, the percentile interval where BCa does not exist.
@@ -146,12 +147,14 @@ def interval(
     undefined
         why the value is undefined, should it be NaN or infinite; the reason given is
         "undefined, because ``undefined``"
+    unit
+        what was resampled, for the reason why there is no interval
     """
     if not np.isfinite(value):
         return Interval(None, None, None, None, f"undefined, because {undefined}")
     if len(leave_one_out) < 2:
         return Interval(
-            float(value), None, None, None, "no interval, because there is only one document to resample"
+            float(value), None, None, None, f"no interval, because there is only one {unit} to resample"
         )
     n_bad = int(np.count_nonzero(~np.isfinite(draws)))
     if n_bad:

@@ -27,7 +27,7 @@ from tcsae.train.sae.inference import SAE
 COLUMNS = ("n", "r", "square", "cosine", "n_cosine", "ratio", "xh_square", "dot", "l0", "l0_H", "l1")
 """Per-unit sums that stand before the ``d_model`` sums of x minus the centre."""
 
-NO_TOKEN = "no token of these documents is kept"
+NO_TOKEN = "no token of this text is kept"
 
 METRICS = (
     Metric("explained_variance", "1", "the activations do not vary"),

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import textwrap
 
-from tcsae.evaluate.cells import ABSENT, NAMES, WIDTH, Columns, cut, figure, fitting, value, with_interval
+from tcsae.evaluate.cells import (
+    ABSENT,
+    NAMES,
+    WIDTH,
+    Columns,
+    cut,
+    figure,
+    fitting,
+    value,
+    with_interval,
+    wrapped,
+)
 from tcsae.evaluate.probe_table import probe_lines
 from tcsae.evaluate.summary import Comparison, Evaluation, replayed_documents
 from tcsae.evaluate.temporal import PRIMARY_METRIC, metric_name
@@ -14,35 +25,53 @@ from tcsae.evaluate.unlearning_table import unlearning_lines
 TABLE_LAG = 8
 """Lag, in tokens, of the autocorrelation and the excess information that the table shows."""
 
+_OF_H = metric_name("H", TABLE_LAG)
+
+_ALWAYS = {"explained_variance", metric_name("whole", TABLE_LAG)}
+"""What the core and the temporal suite give of every SAE, were it undefined: without them no column has a figure."""
+
 
 def table(evaluation: Evaluation) -> str:
     """One line an SAE with 95 % intervals over documents, then one a comparison with a control."""
-    lines = fitting(evaluation.rows, _COLUMNS, _SPARED)
-    conditions = evaluation.conditions
-    replayed = replayed_documents(evaluation.rows)
-    n_outliers = sum(conditions.get("n_outliers_left_out", {}).values())
-    left_out = f" ({n_outliers} outlier rows left out)" if n_outliers else ""
-    if conditions.get("tokens_sha256"):
-        unit, text = "rows", f"{conditions['n_documents']} rows"
-        sources = "All figures: the model replayed on them."
-    else:
-        unit, text = "documents", f"{conditions['n_documents']} {conditions['split']} documents"
-        replay = f"Loss recovered and KL: model replayed with the SAE spliced in, on {replayed} of them; the rest: "
-        sources = (
-            f"{replay if replayed is not None else ''}stored activations{left_out}. "
-            f"Means over live features at lag {TABLE_LAG}, H: over those of block H: ac{TABLE_LAG}, autocorrelation; "
-            f"xi{TABLE_LAG}, excess of the normalised mutual information over both its nulls."
-        )
-    note = f"{text}; in brackets 95 % bootstrap intervals over {unit}. {sources}"
-    lines += textwrap.wrap(note, WIDTH)
+    measured = {name for row in evaluation.rows for name in row.estimates}
+    lines = fitting(evaluation.rows, _COLUMNS, _SPARED) if measured & _ALWAYS else []
+    lines += textwrap.wrap(_note(evaluation), WIDTH)
     lines += probe_lines(evaluation.rows)
     lines += truth_lines(evaluation, TABLE_LAG)
-    for comparison in evaluation.comparisons:
-        # a minus sign is no hyphen to break at
-        lines += textwrap.wrap(_compared(comparison), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    for comparison in evaluation.comparisons if _OF_H in measured else ():
+        lines += wrapped(_compared(comparison))
     for line in unlearning_lines(evaluation.rows):
-        lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += wrapped(line)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _note(evaluation: Evaluation) -> str:
+    """What the figures rest on and, of the columns that are there, what they mean."""
+    conditions, rows = evaluation.conditions, evaluation.rows
+    if conditions.get("tokens_sha256"):
+        return (
+            f"{conditions['n_documents']} rows; in brackets 95 % bootstrap intervals over rows. All figures: the model "
+            "replayed on them."
+        )
+    measured = {name for row in rows for name in row.estimates}
+    replayed = replayed_documents(rows)
+    n_outliers = sum(conditions.get("n_outliers_left_out", {}).values())
+    left_out = f" ({n_outliers} outlier rows left out)" if n_outliers else ""
+    note = f"{conditions['n_documents']} {conditions['split']} documents; in brackets 95 % bootstrap intervals over "
+    note += "documents."
+    if replayed is not None:
+        note += (
+            f" Loss recovered and KL: model replayed with the SAE spliced in, on {replayed} of them; the rest: stored "
+            f"activations{left_out}."
+        )
+    elif measured & _ALWAYS:
+        note += f" All figures: stored activations{left_out}."
+    if metric_name("whole", TABLE_LAG) in measured:
+        note += (
+            f" Means over live features at lag {TABLE_LAG}, H: over those of block H: ac{TABLE_LAG}, autocorrelation; "
+            f"xi{TABLE_LAG}, excess of the normalised mutual information over both its nulls."
+        )
+    return note
 
 
 _COLUMNS: Columns = (
@@ -68,7 +97,7 @@ _SPARED = ("MSE/d", f"ac{TABLE_LAG}", "L0 H", "KL score", "dead", f"xi{TABLE_LAG
 
 
 def _compared(comparison: Comparison) -> str:
-    metric = metric_name("H", TABLE_LAG)
+    metric = _OF_H
     head = f"{cut(comparison.sae, 24)} against {cut(comparison.control, 24)}: ac{TABLE_LAG} of H "
     ratio = comparison.estimates.get(f"{metric}_ratio")
     difference = comparison.estimates.get(f"{metric}_difference")

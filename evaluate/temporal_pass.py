@@ -13,21 +13,20 @@ the text, which is encoded twice (docs/decisions/011-temporal-suite.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
 from tcsae.evaluate.heldout import BLOCK_ROWS, Block, HeldOut, Indices
 from tcsae.evaluate.information import Thirds, thirds_of
 from tcsae.evaluate.temporal_codes import LAGS, SKIPPED_POSITIONS, Codes
-from tcsae.evaluate.temporal_sums import Accumulator, TemporalSums, bytes_per_unit
+from tcsae.evaluate.temporal_count import Accumulator
+from tcsae.evaluate.temporal_encoders import Encoder
+from tcsae.evaluate.temporal_sums import TemporalSums, bytes_per_unit
 from tcsae.store.errors import TrainingCollapsed
-from tcsae.train.sae.inference import SAE
 
 PART_TOKENS = 2**15
 """Tokens of a part, at the least; one task where Dask is asked."""
@@ -50,52 +49,6 @@ Advance = Callable[[int], object]
 
 def untold(_: int) -> None:
     """For an `Advance` that nobody listens to."""
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """Features of a block of whole contexts."""
-
-    @property
-    def name(self) -> str:
-        """for messages"""
-
-    @property
-    def d_sae(self) -> int:
-        """features"""
-
-    @property
-    def block_size(self) -> int:
-        """of them in block H"""
-
-    def __call__(self, block: Block) -> Float[Tensor, "row feature"]:
-        """Activations, none below 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class SAEEncoder:
-    """The features of an SAE."""
-
-    sae: SAE
-
-    @property
-    def name(self) -> str:
-        """for messages"""
-        return self.sae.name
-
-    @property
-    def d_sae(self) -> int:
-        """features"""
-        return self.sae.d_sae
-
-    @property
-    def block_size(self) -> int:
-        """of them in block H"""
-        return self.sae.block_size
-
-    def __call__(self, block: Block) -> Float[Tensor, "row feature"]:
-        """Activations, none below 0."""
-        return self.sae.encode(block.x.to(self.sae.device))
 
 
 def units_of(held_out: HeldOut, d_sae: int, lags: tuple[int, ...] = LAGS) -> Int64[Tensor, " document"]:

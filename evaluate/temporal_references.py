@@ -15,33 +15,32 @@ They have no seed of training and no control, and their files are called ``_refe
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tcsae.evaluate.bench import Bench, Measured
 from tcsae.evaluate.config import TemporalReference
-from tcsae.evaluate.estimates import Estimate, SuiteResult, fingerprint, read_result, write_result
-from tcsae.evaluate.heldout import Block, HeldOut
+from tcsae.evaluate.estimates import Estimate, SuiteResult, fingerprint, read_result
+from tcsae.evaluate.heldout import HeldOut
+from tcsae.evaluate.results import fields_of_reference, paths_of, write_measured
 from tcsae.evaluate.subjects import Subject
 from tcsae.evaluate.summary import Row
 from tcsae.evaluate.temporal import metric_name, temporal_figures
 from tcsae.evaluate.temporal_codes import LAGS, SKIPPED_POSITIONS
+from tcsae.evaluate.temporal_count import SignedAccumulator
+from tcsae.evaluate.temporal_encoders import (
+    AVERAGE_TOKENS,
+    AveragedEncoder,
+    Encoder,
+    SAEEncoder,
+    random_directions,
+    random_encoder,
+)
 from tcsae.evaluate.temporal_features import METRICS, autocorrelation_figures
 from tcsae.evaluate.temporal_pass import (
     Advance,
-    Encoder,
-    SAEEncoder,
     codes_of,
     n_tokens_read,
     parts_of_text,
@@ -49,13 +48,8 @@ from tcsae.evaluate.temporal_pass import (
     units_of,
 )
 from tcsae.evaluate.temporal_suite import DEFINITIONS, measured, n_documents
-from tcsae.evaluate.temporal_sums import SignedAccumulator, TemporalSums
-from tcsae.store.atomic import partial_file
+from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.store.progress import progress
-from tcsae.train.sae.inference import SAE
-
-AVERAGE_TOKENS = 8.0
-"""Of the moving average: a value falls to 1/e in that many."""
 
 THRESHOLD_TOKENS = 2**13
 """Sample that a threshold is set on."""
@@ -67,50 +61,6 @@ DESCRIPTIONS: dict[TemporalReference, str] = {
     "random": "random encoder",
     "averaged": f"first SAE, averaged over {AVERAGE_TOKENS:g} tokens",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class AveragedEncoder:
-    """The moving average of an SAE's code, 0 where it does not pass the threshold."""
-
-    sae: SAE
-    threshold: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """for messages"""
-        return f"{self.sae.name}, averaged"
-
-    @property
-    def d_sae(self) -> int:
-        """features"""
-        return self.sae.d_sae
-
-    @property
-    def block_size(self) -> int:
-        """of them in block H"""
-        return self.sae.block_size
-
-    def __call__(self, block: Block) -> Float[Tensor, "row feature"]:
-        """Activations, none below 0."""
-        f = moving_average(SAEEncoder(self.sae)(block).cpu(), block.position.numpy(), AVERAGE_TOKENS)
-        return f * (f > self.threshold)
-
-
-def moving_average(
-    f: Float[Tensor, "row feature"], position: np.ndarray, n_tokens: float
-) -> Float[Tensor, "row feature"]:
-    """g_t = a g_{t-1} + (1 - a) f_t with a = e^(-1 / ``n_tokens``), from 0 at the start of each context.
-
-    >>> moving_average(torch.tensor([[1.0], [0.0], [1.0]]), np.array([0, 1, 0]), 1 / np.log(2)).T
-    tensor([[0.5000, 0.2500, 0.5000]])
-    """
-    kept = float(np.exp(-1 / n_tokens))
-    g = f * (1 - kept)
-    for at in range(1, int(position.max()) + 1):
-        here = torch.from_numpy(np.flatnonzero(position == at))  # one row a context
-        g[here] += kept * g[here - 1]
-    return g
 
 
 def reference_rows(
@@ -144,13 +94,12 @@ def _result(
         hook=held_out.hook,
         **bench.conditions,
     )
-    paths = config.out / "temporal" / f"{name}.json", config.out / "draws" / "temporal" / f"{name}.parquet"
-    kept = read_result(*paths, print_)
+    kept = read_result(*paths_of(config.out, "temporal", name), print_)
     if kept is not None:
         return kept
     with progress(n_tokens_read(held_out), "token", f"temporal, {reference}") as bar:
         found = _measure(reference, first, l0, held_out, bench, print_, bar.update)
-    _write(paths, name, DESCRIPTIONS[reference], found, bench)
+    write_measured(config.out, "temporal", name, found, fields_of_reference(DESCRIPTIONS[reference]))
     return found.result
 
 
@@ -180,32 +129,6 @@ def _measure(
 
     encoder = build(threshold_for(build(0.0), held_out, l0))
     return measured(encoder, held_out, bench, print_, advance)
-
-
-def random_directions(d_in: int, d_sae: int, seed: int) -> Float[Tensor, "d_model feature"]:
-    """Independent directions, of norm 1."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(d_in, d_sae, generator=generator), dim=0)
-
-
-def random_encoder(
-    directions: Float[Tensor, "d_model feature"],
-    mean: Float[Tensor, " d_model"],
-    threshold: float,
-    block_size: int,
-) -> SAE:
-    """An SAE with ``directions`` for its encoder and one threshold for all features."""
-    d_sae = directions.shape[1]
-    return SAE(
-        architecture="jumprelu",
-        W_enc=directions,
-        b_enc=torch.zeros(d_sae),
-        W_dec=directions.T.contiguous(),
-        b_dec=mean,
-        threshold=torch.full((d_sae,), threshold),
-        block_size=block_size,
-        name="random encoder",
-    )
 
 
 def threshold_for(encoder: Encoder, held_out: HeldOut, l0: float) -> float:
@@ -256,23 +179,3 @@ def _raw(held_out: HeldOut, bench: Bench, print_: str, advance: Advance) -> Meas
     return Measured(
         result=result, kind="tcsae_temporal", settings=bench.conditions, metrics=metrics, features=table
     )
-
-
-def _write(paths: tuple[Path, Path], name: str, description: str, found: Measured, bench: Bench) -> None:
-    """The same files as an SAE has."""
-    with partial_file(bench.config.out / "features" / f"{name}.parquet") as beside:
-        pq.write_table(found.features, beside, compression="zstd")
-    envelope: dict[str, Any] = {
-        "eval_type_id": found.kind,
-        "eval_config": found.settings,
-        "eval_id": str(uuid.uuid4()),
-        "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": found.metrics,
-        "eval_result_details": found.details,
-        "sae_bench_commit_hash": f"tcsae {version('tcsae')}",
-        "sae_lens_id": "custom_sae",
-        "sae_lens_release_id": f"reference: {description}",
-        "sae_lens_version": "unknown",
-        "sae_cfg_dict": {},
-    }
-    write_result(*paths, envelope, found.result)

@@ -10,10 +10,12 @@ from tcsae.evaluate.config import EvaluateConfig, Suite
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.subjects import Subject
 from tcsae.evaluate.temporal import temporal_figures
+from tcsae.evaluate.temporal_encoders import Encoder, SAEEncoder
 from tcsae.evaluate.temporal_features import figures
-from tcsae.evaluate.temporal_pass import Advance, Encoder, SAEEncoder, n_tokens_read, temporal_sums, units_of
+from tcsae.evaluate.temporal_pass import Advance, n_tokens_read, temporal_sums, units_of
 from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.evaluate.temporal_workers import temporal_sums_on_workers
+from tcsae.store.parallel import check_scheduler
 from tcsae.store.progress import progress
 
 DEFINITIONS = 2
@@ -30,7 +32,15 @@ class TemporalSuite:
         return {"definitions": DEFINITIONS}
 
     def check(self, subjects: Sequence[Subject], bench: Bench) -> None:
-        """Any SAE of the store can be measured."""
+        """Any SAE of the store can be measured, by a scheduler that is there.
+
+        Raises
+        ------
+        ConfigError
+            none answers at the address, or it has no workers
+        """
+        if bench.config.scheduler is not None:
+            check_scheduler(bench.config.scheduler)
 
     def measure(
         self, subjects: Sequence[Subject], prints: Sequence[str], bench: Bench

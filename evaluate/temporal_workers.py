@@ -6,22 +6,26 @@ sparse and are sent as such; they are added in the order of the parts, so the re
 
 from __future__ import annotations
 
+import socket
 import threading
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from tcsae.evaluate.config import EvaluatedSplit
-from tcsae.evaluate.heldout import HeldOut
+from tcsae.evaluate.heldout import HeldOut, Indices
 from tcsae.evaluate.information import Thirds
 from tcsae.evaluate.temporal_codes import LAGS
+from tcsae.evaluate.temporal_encoders import Encoder
 from tcsae.evaluate.temporal_pass import (
     Advance,
-    Encoder,
     accumulate,
     calibrated,
     codes_of,
@@ -31,8 +35,13 @@ from tcsae.evaluate.temporal_pass import (
     untold,
 )
 from tcsae.evaluate.temporal_sums import TemporalSums
+from tcsae.store.errors import ConfigError
 from tcsae.store.parallel import map_tasks
 from tcsae.store.reader import ActivationStore
+from tcsae.store.remote import is_url
+
+SHARED = ".temporal-pass-"
+"""How the file's name begins that the workers read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +49,9 @@ class PartTask:
     """One part to be counted."""
 
     shared: Path
-    """file with the encoder and the thirds, absolute"""
+    """file with the encoder and the thirds, absolute; of this pass alone"""
     store: str
-    """folder or URL"""
+    """absolute folder, or URL: a worker may run in another folder"""
     hook: str
     split: EvaluatedSplit
     seed: int
@@ -103,10 +112,14 @@ class PartSums:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ready:
+    """What a worker needs for every part of one pass."""
+
     shared: Path
     encoder: Encoder
     thirds: Thirds
     held_out: HeldOut
+    parts: list[list[Indices]]
+    units: Int64[Tensor, " document"]
 
 
 _one_at_a_time = threading.Lock()
@@ -116,22 +129,38 @@ _ready: list[_Ready] = []
 
 
 def count_part(task: PartTask) -> PartSums:
-    """Count one part in this process."""
+    """Count one part in this process.
+
+    Raises
+    ------
+    ConfigError
+        the encoder's file cannot be seen from here
+    """
     with _one_at_a_time:
-        if not (_ready and _ready[0].shared == task.shared):
-            _ready.clear()
-            # written by `temporal_sums_on_workers` of the evaluation that sent the task
-            encoder, thirds = torch.load(task.shared, weights_only=False)
-            held_out = HeldOut(ActivationStore.open(task.store), task.hook, task.split)
-            _ready.append(_Ready(task.shared, encoder, thirds, held_out))
-        ready = _ready[0]
+        ready = _prepared(task)
         encoder, held_out = ready.encoder, ready.held_out
-        units = units_of(held_out, encoder.d_sae)
-        sums = TemporalSums.zeros(int(units.max()) + 1, encoder.d_sae, LAGS)
-        blocks = parts_of_text(held_out)[task.number]
-        codes = (codes_of(encoder, held_out.block(contexts)) for contexts in blocks)
-        accumulate(sums, codes, ready.thirds, units, encoder.block_size, [task.seed, task.number])
+        sums = TemporalSums.zeros(int(ready.units.max()) + 1, encoder.d_sae, LAGS)
+        codes = (codes_of(encoder, held_out.block(contexts)) for contexts in ready.parts[task.number])
+        accumulate(sums, codes, ready.thirds, ready.units, encoder.block_size, [task.seed, task.number])
     return PartSums.of(sums)
+
+
+def _prepared(task: PartTask) -> _Ready:
+    if _ready and _ready[0].shared == task.shared:
+        return _ready[0]
+    _ready.clear()
+    if not task.shared.is_file():
+        raise ConfigError(
+            f"scheduler: expected workers that see the same files, got one on {socket.gethostname()} that does not "
+            f"find {task.shared}; use an evaluation folder and a store that all machines share"
+        )
+    # written by `temporal_sums_on_workers` of the evaluation that sent the task, perhaps on a machine with a GPU
+    where = None if torch.cuda.is_available() else "cpu"
+    encoder, thirds = torch.load(task.shared, map_location=where, weights_only=False)
+    held_out = HeldOut(ActivationStore.open(task.store), task.hook, task.split)
+    units = units_of(held_out, encoder.d_sae)
+    _ready.append(_Ready(task.shared, encoder, thirds, held_out, parts_of_text(held_out), units))
+    return _ready[0]
 
 
 def release() -> None:
@@ -166,28 +195,36 @@ def temporal_sums_on_workers(
     units = units_of(held_out, encoder.d_sae)
     n_units = int(units.max()) + 1
     total = TemporalSums.zeros(n_units, encoder.d_sae, LAGS)
+    url = held_out.store.url
+    store = url if is_url(url) else str(Path(url).absolute())
     with _shared(folder, encoder, thirds) as shared:
         tasks = [
-            PartTask(shared, str(held_out.store.url), held_out.hook, held_out.split, seed, number)
+            PartTask(shared, store, held_out.hook, held_out.split, seed, number)
             for number in range(len(parts))
         ]
         waiting: dict[int, PartSums] = {}
         following = 0
         found = map_tasks(count_part, tasks, workers=workers, scheduler=scheduler, release=release)
-        for task, result in found:
-            waiting[task.number] = result
-            while following in waiting:
-                total.add(waiting.pop(following).unpacked(n_units, total.cells))
-                following += 1
-            advance(int(sum(held_out.length[contexts].sum() for contexts in parts[task.number])))
+        with closing(found):
+            for task, result in found:
+                waiting[task.number] = result
+                while following in waiting:
+                    total.add(waiting.pop(following).unpacked(n_units, total.cells))
+                    following += 1
+                advance(int(sum(held_out.length[contexts].sum() for contexts in parts[task.number])))
     return total
 
 
 @contextmanager
 def _shared(folder: Path, encoder: Encoder, thirds: Thirds) -> Iterator[Path]:
-    """What all tasks need in one file, for the block."""
+    """What all tasks need in one file, for the block.
+
+    Its name is new each time: a worker that outlived a killed evaluation must not take another encoder for this one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = (folder / ".temporal-pass.pt").resolve()
+    for left in folder.glob(f"{SHARED}*"):  # by an evaluation that was killed; only one at a time writes here
+        left.unlink()
+    path = (folder / f"{SHARED}{uuid.uuid4().hex}.pt").absolute()
     torch.save((encoder, thirds), path)
     try:
         yield path

@@ -130,7 +130,7 @@ def recovery(matching: Matching, truth: Truth, *, n_bootstrap: int, seed: int, n
         return np.stack(columns, axis=-1)
 
     return _resampled(
-        np.stack(sums, axis=1), statistic, metrics, "true features", n_bootstrap, seed, n_documents
+        np.stack(sums, axis=1), statistic, metrics, "true feature", n_bootstrap, seed, n_documents
     )
 
 
@@ -196,7 +196,7 @@ def purity(
         return np.stack(columns, axis=-1)
 
     return _resampled(
-        np.stack(sums, axis=1), statistic, metrics, "the SAE's features", n_bootstrap, seed, n_documents
+        np.stack(sums, axis=1), statistic, metrics, "SAE feature", n_bootstrap, seed, n_documents
     )
 
 
@@ -213,9 +213,9 @@ def _resampled(
     grouped = np.zeros((min(len(sums), MAX_UNITS), sums.shape[1]))
     np.add.at(grouped, np.arange(len(sums)) % len(grouped), sums.astype(np.float64))
     counts = resample_counts(len(grouped), n_bootstrap, seed)
-    estimates, draws = estimates_of(metrics, bootstrap(grouped, statistic, counts), n_documents)
+    estimates, draws = estimates_of(metrics, bootstrap(grouped, statistic, counts), n_documents, unit)
     named: dict[str, Any] = {
-        name: one if one.method is None else replace(one, method=f"{one.method} over {unit}")
+        name: one if one.method is None else replace(one, method=f"{one.method} over {unit}s")
         for name, one in estimates.items()
     }
     return named, draws

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from tcsae.evaluate.cells import NAMES, WIDTH, Columns, fitting, value, with_interval
+from tcsae.evaluate.cells import NAMES, WIDTH, Columns, fitting, value, with_interval, wrapped
 from tcsae.evaluate.summary import Evaluation
 from tcsae.evaluate.truth_ranking import ranking_lines
 
@@ -32,5 +32,5 @@ def truth_lines(evaluation: Evaluation, lag: int) -> list[str]:
     )
     lines = ["", *fitting(rows, _COLUMNS), *textwrap.wrap(note, WIDTH)]
     for line in ranking_lines(() if evaluation.ranking is None else evaluation.ranking.over_saes, lag):
-        lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += wrapped(line)
     return lines

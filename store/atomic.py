@@ -75,7 +75,7 @@ def _removed_on_failure(path: Path, beside: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
                 f"{path}: the disk is full; nothing half-written was left; free some space and run the same "
-                "command with --resume"
+                "command again, with --resume where it has that"
             ) from error
         raise
 

@@ -122,7 +122,7 @@ class TrainingCollapsed(RunError, ArithmeticError):
 
 
 class WorkersLost(TcsaeError, RuntimeError):
-    """A worker process has died, where it can be retried again and again; what is finished is kept."""
+    """Worker processes or their scheduler have died for good; what is finished is kept."""
 
 
 class DiskFull(TcsaeError, OSError):

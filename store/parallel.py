@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from tcsae.store.errors import ConfigError, WorkersLost
 
 if TYPE_CHECKING:
-    from dask.distributed import Client
+    from dask.distributed import Client, Future
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,7 +25,10 @@ ANSWER_SECONDS = 10
 """how long a scheduler may take to answer"""
 
 WORKER_SECONDS = 60
-"""how long a scheduler may take to have its first worker"""
+"""how long a scheduler may be without any worker, at first and later"""
+
+LOOK_SECONDS = 1
+"""how often it is looked whether there are workers still, while none of them has a result"""
 
 TASKS_AHEAD = 4
 """Tasks that are with the scheduler for each thread that can run one: enough that none waits, few enough that
@@ -38,7 +42,7 @@ def map_tasks(
     workers: int = 1,
     scheduler: str | None = None,
     release: Callable[[], None] | None = None,
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Yield each item with ``function(item)``, as results come in.
 
     Parameters
@@ -64,40 +68,81 @@ def map_tasks(
     Raises
     ------
     ConfigError
-        no scheduler answers at the address, or it has no workers
+        no scheduler answers at the address, it has no workers, or they lack a package
     WorkersLost
-        one task's worker has died four times
+        one task's worker has died four times, or all workers or the scheduler are gone
     """
     if workers <= 1 and scheduler is None:
         for item in items:
             yield item, function(item)
         return
     # imported here: a single process needs no Dask, and it takes a second to import
-    from dask.distributed import KilledWorker, as_completed
+    from dask.distributed import KilledWorker
 
+    where = "workers" if scheduler is None else f"scheduler {scheduler}"
     connect = _cluster(workers) if scheduler is None else _connection(scheduler, release)
     with _quiet_dask(), connect as client:
         todo = iter(items)
-        ahead = TASKS_AHEAD * sum(client.nthreads().values())
+        running: dict[Future, Item] = {}
 
-        def submit(n: int) -> dict[Any, Item]:
-            return {client.submit(function, item, pure=False): item for item in islice(todo, n)}
+        def submit(n: int) -> None:
+            running.update({client.submit(function, item, pure=False): item for item in islice(todo, n)})
 
-        running = submit(ahead)
-        results = as_completed(running)
-        for future in results:
-            item = running.pop(future)
-            try:
-                result = future.result()
-            except KilledWorker as error:
-                raise WorkersLost(
-                    f"{item}: {error.allowed_failures + 1} workers died of it, the last one at "
-                    f"{error.last_worker.address}; if memory ran out, run again with fewer workers"
-                ) from error
-            following = submit(1)
-            running |= following
-            results.update(following)
-            yield item, result
+        submit(max(1, TASKS_AHEAD * sum(client.nthreads().values())))
+        while running:
+            for future in _finished(client, running, where):
+                item = running.pop(future)
+                try:
+                    result = future.result()
+                except KilledWorker as error:
+                    raise WorkersLost(
+                        f"{item}: {error.allowed_failures + 1} workers died of it, the last one at "
+                        f"{error.last_worker.address}; if memory ran out, run again with fewer workers"
+                    ) from error
+                except ModuleNotFoundError as error:
+                    raise ConfigError(
+                        f"{where}: expected the packages of this machine on every worker, got one without "
+                        f"{error.name}; install tcsae there too"
+                    ) from error
+                submit(1)
+                yield item, result
+
+
+def check_scheduler(address: str) -> None:
+    """Raise `ConfigError` if no Dask scheduler answers at ``address``, or one without workers."""
+    with _quiet_dask(), _connection(address, None):
+        pass
+
+
+def _finished(client: Client, running: Iterable[Future], where: str) -> set[Future]:
+    """Those of ``running`` that have a result or an error, at least one.
+
+    Raises
+    ------
+    WorkersLost
+        there will never be one
+    """
+    from concurrent.futures import CancelledError
+
+    from dask.distributed import wait
+
+    seen = time.monotonic()
+    while True:
+        try:
+            return set(wait(list(running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done)
+        except CancelledError as error:
+            raise WorkersLost(
+                f"{where}: expected it to be there until the end, got no connection any more; start one and run again"
+            ) from error
+        except TimeoutError:
+            with suppress(OSError):  # one that is lost cancels what is running
+                if client.nthreads():
+                    seen = time.monotonic()
+        if time.monotonic() - seen > WORKER_SECONDS:
+            raise WorkersLost(
+                f"{where}: expected at least one living worker, got none for {WORKER_SECONDS} s; if memory ran out, "
+                "use fewer; start some and run again"
+            )
 
 
 @contextmanager
@@ -148,8 +193,9 @@ def _connection(scheduler: str, release: Callable[[], None] | None) -> Iterator[
         try:
             yield client
         finally:
-            if release is not None:
-                client.run(release, on_error="ignore")
+            if release is not None and client.status == "running":
+                with suppress(OSError):  # a scheduler that has just gone
+                    client.run(release, on_error="ignore")
 
 
 def dask_setup(worker: object) -> None:  # noqa: ARG001  # Dask names the function and gives it the worker

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tcsae.evaluate.compare.arms import Arm, Pair
 from tcsae.evaluate.compare.bootstrap import Resampled, ends, seed_counts
-from tcsae.evaluate.compare.contrasts import Figure, described
+from tcsae.evaluate.compare.contrast import Figure, described
 from tcsae.evaluate.compare.folders import Evaluated
 from tcsae.store.errors import TcsaeError
 from tcsae.train.saelens import load_sae

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
 from tcsae.evaluate.compare.arms import Arm
-from tcsae.evaluate.compare.contrasts import Figure, few_seeds
+from tcsae.evaluate.compare.contrast import Figure, few_seeds
 from tcsae.evaluate.compare.folders import Evaluated
 from tcsae.evaluate.compare.front import COSTS, Point
 from tcsae.evaluate.plots import PANELS, Bar, draw_final

@@ -13,7 +13,7 @@ import numpy as np
 
 from tcsae.evaluate.compare.arms import Arm
 from tcsae.evaluate.compare.bootstrap import PerSeed
-from tcsae.evaluate.compare.contrasts import Figure, figure_of
+from tcsae.evaluate.compare.contrast import Figure, figure_of
 
 COSTS = ("l0", "fvu")
 """What consistency is held against; lower is better."""

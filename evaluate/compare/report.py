@@ -17,9 +17,10 @@ from jinja2 import Environment, StrictUndefined
 from tcsae.evaluate.compare import tables
 from tcsae.evaluate.compare.arms import Design
 from tcsae.evaluate.compare.bootstrap import ENOUGH_SEEDS
-from tcsae.evaluate.compare.contrasts import MARGINS, REGISTERED
 from tcsae.evaluate.compare.features import CAUTION, LEAST_COSINE
+from tcsae.evaluate.compare.lines import arm_lines
 from tcsae.evaluate.compare.matching import REGISTERED_L0, TOLERANCE
+from tcsae.evaluate.compare.registered import MARGINS, REGISTERED
 from tcsae.evaluate.compare.tables import Table
 from tcsae.evaluate.estimates import Estimate
 
@@ -246,6 +247,6 @@ def _all_figures(found: Compared) -> Table:
             str(line["n_documents"]),
             tables.ABSENT if line["n_tokens"] is None else f"{line['n_tokens']:,}",
         )
-        for line in tables.arm_lines(found.families, found.figures)
+        for line in arm_lines(found.families, found.figures)
     ]
     return Table(head, tuple(rows))

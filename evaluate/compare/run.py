@@ -10,14 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tcsae.evaluate.compare import tables
 from tcsae.evaluate.compare.arms import Arm, Design, Family, Pair, arms_of, design_of, families_of
 from tcsae.evaluate.compare.bootstrap import N_RESAMPLES
-from tcsae.evaluate.compare.contrasts import MARGINS, REGISTERED, STAND_IN, Contrast, Figure, contrasts_of
+from tcsae.evaluate.compare.contrast import Contrast, Figure
+from tcsae.evaluate.compare.contrasts import contrasts_of
 from tcsae.evaluate.compare.features import MatchedFeatures, matched_features
 from tcsae.evaluate.compare.folders import Folders, read_folders
 from tcsae.evaluate.compare.front import Point, arm_figure, points_of
+from tcsae.evaluate.compare.lines import (
+    arm_lines,
+    contrast_lines,
+    feature_lines,
+    front_lines,
+    write_table,
+)
 from tcsae.evaluate.compare.matching import common_l0, reach
+from tcsae.evaluate.compare.registered import MARGINS, REGISTERED, STAND_IN
 from tcsae.evaluate.estimates import Estimate
 from tcsae.evaluate.plots import PANELS
 from tcsae.store.atomic import exclusive, write_atomically
@@ -77,9 +85,9 @@ class Compared:
             "conditions": self.conditions,
             "metric": self.metric,
             "l0": self.l0,
-            "arms": tables.arm_lines(self.families, self.figures),
-            "comparisons": tables.contrast_lines(self.contrasts),
-            "front": tables.front_lines(self.points, self.metric),
+            "arms": arm_lines(self.families, self.figures),
+            "comparisons": contrast_lines(self.contrasts),
+            "front": front_lines(self.points, self.metric),
             "matched_features": [
                 dataclasses.asdict(one) | {"rates": _by_text(one.rates)} for one in self.features
             ],
@@ -324,10 +332,10 @@ def _write(found: Compared, design: Design, report: Path, n_resamples: int) -> N
     """Tables, compare.json and, last, the report."""
     from tcsae.evaluate.compare.report import html_of, markdown_of
 
-    tables.write_table(tables.arm_lines(found.families, found.figures), report / "arms.parquet")
-    tables.write_table(tables.contrast_lines(found.contrasts), report / "comparisons.parquet")
-    tables.write_table(tables.front_lines(found.points, found.metric), report / "front.parquet")
-    tables.write_table(tables.feature_lines(found.features), report / "matched_features.parquet")
+    write_table(arm_lines(found.families, found.figures), report / "arms.parquet")
+    write_table(contrast_lines(found.contrasts), report / "comparisons.parquet")
+    write_table(front_lines(found.points, found.metric), report / "front.parquet")
+    write_table(feature_lines(found.features), report / "matched_features.parquet")
     write_atomically(report / "report.md", markdown_of(found, design, n_resamples).encode())
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
     write_atomically(report / "compare.json", text.encode())

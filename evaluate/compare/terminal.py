@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from tcsae.evaluate.cells import WIDTH
-from tcsae.evaluate.compare.contrasts import Contrast
+from tcsae.evaluate.compare.contrast import Contrast
 from tcsae.evaluate.compare.run import Compared
 from tcsae.evaluate.compare.tables import p_text, seeds_text, text_of
 

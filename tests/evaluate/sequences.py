@@ -9,9 +9,10 @@ import torch
 
 from tcsae.evaluate.information import Thirds, thirds_of
 from tcsae.evaluate.temporal_codes import LAGS, Codes
+from tcsae.evaluate.temporal_count import SignedAccumulator
 from tcsae.evaluate.temporal_features import Figure, autocorrelation_figures, figures
 from tcsae.evaluate.temporal_pass import accumulate
-from tcsae.evaluate.temporal_sums import SignedAccumulator, TemporalSums
+from tcsae.evaluate.temporal_sums import TemporalSums
 
 
 def codes_of(

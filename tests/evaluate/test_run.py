@@ -183,7 +183,7 @@ def test_note_and_caption_name_the_replayed_documents(
 ) -> None:
     captions: list[str] = []
     monkeypatch.setattr(
-        "tcsae.evaluate.run.final_metrics", lambda _rows, _path, caption: captions.append(caption)
+        "tcsae.evaluate.finish.final_metrics", lambda _rows, _path, caption: captions.append(caption)
     )
     found = evaluate(config_of(run, neox_store))
     replayed = found.rows[0].estimates["loss_recovered"].n_documents
@@ -419,6 +419,16 @@ def test_a_second_evaluation_into_the_same_folder_is_refused(run: Path, neox_sto
 
     with exclusive(run.parent / "out" / ".lock", RunBusy("held")), pytest.raises(RunBusy, match="another"):
         evaluate(config_of(run, neox_store))
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_results_in_the_place_of_a_file_are_refused(
+    below: str, run: Path, neox_store: ActivationStore, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match=f"expected a folder, there or not, but {file} is a file"):
+        evaluate(config_of(run, neox_store, out=file / below))
 
 
 @pytest.mark.parametrize(

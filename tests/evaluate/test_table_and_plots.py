@@ -70,7 +70,22 @@ def test_a_table_of_one_suite_says_nothing_of_a_replay() -> None:
     row = a_row("tc16", 0, 0.5)
     for name in REPLAYED:
         del row.estimates[name]
-    assert "replayed" not in table(evaluation_of(row))
+    note = " ".join(table(evaluation_of(row)).splitlines()[3:])
+    assert "replayed" not in note
+    assert (
+        "intervals over documents. All figures: stored activations. Means over live features at lag 8" in note
+    )
+    for name in ("autocorrelation_whole_lag8", "autocorrelation_H_lag8"):
+        del row.estimates[name]
+    assert " ".join(table(evaluation_of(row)).splitlines()[3:]).endswith("All figures: stored activations.")
+
+
+def test_what_has_no_column_in_the_table_has_no_table_of_names_alone() -> None:
+    row = a_row("tc16", 0, 0.5)
+    row.estimates.clear()
+    nothing = Comparison("tc16-s0", "block-s0", {})
+    evaluation = Evaluation(Path("out"), (row,), (nothing,), {"n_documents": 127, "split": "test"}, None)
+    assert table(evaluation) == "127 test documents; in brackets 95 % bootstrap intervals over documents."
 
 
 def test_a_long_comparison_is_wrapped_and_no_figure_is_cut() -> None:

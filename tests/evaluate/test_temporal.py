@@ -15,8 +15,9 @@ from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.intervals import resample_counts
 from tcsae.evaluate.jackknife import linear_bootstrap
 from tcsae.evaluate.temporal import compare_with_control, temporal_figures
+from tcsae.evaluate.temporal_encoders import SAEEncoder
 from tcsae.evaluate.temporal_features import METRICS, figures
-from tcsae.evaluate.temporal_pass import SAEEncoder, temporal_sums
+from tcsae.evaluate.temporal_pass import temporal_sums
 from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.store import ActivationStore
 from tcsae.train.sae.inference import SAE

@@ -11,44 +11,26 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tcsae.evaluate import EvaluateConfig, Evaluation, evaluate, table
+from tcsae.evaluate import table
 from tcsae.evaluate import temporal_pass as passes
-from tcsae.evaluate.heldout import HeldOut
+from tcsae.evaluate.heldout import Block, HeldOut
+from tcsae.evaluate.temporal_encoders import AveragedEncoder, SAEEncoder, moving_average
 from tcsae.evaluate.temporal_pass import (
-    SAEEncoder,
     codes_of,
     n_tokens_read,
     parts_of_text,
     temporal_sums,
 )
-from tcsae.evaluate.temporal_references import AveragedEncoder, moving_average, threshold_for
+from tcsae.evaluate.temporal_references import threshold_for
 from tcsae.evaluate.temporal_sums import TemporalSums
-from tcsae.evaluate.temporal_workers import PartSums, temporal_sums_on_workers
 from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError, TrainingCollapsed
-from tcsae.train.sae.inference import SAE
-from tcsae.train.saelens import save_sae
+
+from .sequences import by_name
+from .slow_figures import Slow
+from .small_runs import D_MODEL, D_SAE, HOOK, an_sae, run_of
 
 StoreFactory = Callable[..., ActivationStore]
-HOOK = "blocks.0.hook_resid_post"
-D_MODEL, D_SAE = 8, 24
-
-
-def an_sae(**changes: Any) -> SAE:
-    generator = torch.Generator().manual_seed(0)
-    W_dec = torch.nn.functional.normalize(torch.randn(D_SAE, D_MODEL, generator=generator), dim=1)
-    fields: dict[str, Any] = {
-        "architecture": "jumprelu",
-        "W_enc": W_dec.T.contiguous(),
-        "b_enc": torch.zeros(D_SAE),
-        "W_dec": W_dec,
-        "b_dec": torch.zeros(D_MODEL),
-        "threshold": torch.full((D_SAE,), 0.8),
-        "block_size": 6,
-        "name": "tc16-s0",
-        "metadata": {"hook_name": HOOK},
-    }
-    return SAE(**(fields | changes))
 
 
 @pytest.fixture
@@ -65,12 +47,6 @@ def store(make_store: StoreFactory) -> ActivationStore:
 @pytest.fixture
 def held_out(store: ActivationStore) -> HeldOut:
     return HeldOut(store, HOOK, "all")
-
-
-def same(a: TemporalSums, b: TemporalSums) -> bool:
-    """Whether all bits are the same."""
-    pairs = ((a.n, b.n), (a.n_pairs, b.n_pairs), (a.values, b.values), (a.cells, b.cells))
-    return all(np.array_equal(x, y) for x, y in (*pairs, (a.published, b.published)))
 
 
 # Pieces ------------------------------------------------------------------------------------------------
@@ -144,6 +120,41 @@ def test_thirds_from_a_sample_are_near_those_of_the_text_and_progress_counts_bot
     assert shares[0] / shares[0].sum() == pytest.approx(shares[1] / shares[1].sum(), abs=0.03)
 
 
+@pytest.mark.parametrize(
+    ("kept", "times"), [(passes.MAX_KEPT, 1), (2000, 2)], ids=["all codes are kept", "they are too many"]
+)
+def test_text_whose_codes_are_too_many_is_encoded_twice_and_every_figure_is_its_loops_definition(
+    held_out: HeldOut, monkeypatch: pytest.MonkeyPatch, kept: int, times: int
+) -> None:
+    n_encoded = 0
+
+    class Counting(SAEEncoder):
+        def __call__(self, block: Block) -> torch.Tensor:
+            nonlocal n_encoded
+            n_encoded += len(block.x)
+            return super().__call__(block)
+
+    monkeypatch.setattr(passes, "MAX_KEPT", kept)
+    monkeypatch.setattr(passes, "PART_TOKENS", 300)
+    monkeypatch.setattr(passes, "BLOCK_ROWS", 100)
+    encoder = Counting(an_sae(threshold=torch.full((D_SAE,), 0.1)))
+    done: list[int] = []
+    sums = temporal_sums(encoder, held_out, seed=0, lags=(1, 8), advance=done.append)
+    assert n_encoded == times * held_out.n_tokens
+    assert sum(done) == n_tokens_read(held_out) == held_out.n_tokens
+    text = codes_of(encoder, held_out.block(np.arange(len(held_out.contexts))))
+    assert len(text.value) > 2000
+    found = by_name(sums)
+    for feature in (0, 7, D_SAE - 1):
+        slow = Slow(text, feature, list(range(held_out.n_documents)))
+        for name in ("autocorrelation", "within_autocorrelation", "persistence", "information"):
+            for lag in (1, 8):
+                expected = getattr(slow, name)(lag)
+                assert found[f"{name}_lag{lag}"][0, feature] == pytest.approx(expected, abs=1e-5), name
+        for name in ("run_length", "smoothness", "total_variation"):
+            assert found[name][0, feature] == pytest.approx(getattr(slow, name)(), rel=1e-5), name
+
+
 def test_activations_that_are_not_finite_are_refused(held_out: HeldOut) -> None:
     sae = an_sae(b_enc=torch.full((D_SAE,), 3e38), W_enc=torch.full((D_MODEL, D_SAE), 3e38))
     block = held_out.block(np.arange(3))
@@ -151,54 +162,13 @@ def test_activations_that_are_not_finite_are_refused(held_out: HeldOut) -> None:
         codes_of(SAEEncoder(sae), block)
 
 
-# Workers -----------------------------------------------------------------------------------------------
-
-
-def test_a_part_that_is_packed_and_sent_adds_the_same_bits(
-    held_out: HeldOut, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = temporal_sums(SAEEncoder(an_sae()), held_out, seed=0)
-    total = TemporalSums.zeros(whole.n_units, D_SAE, whole.lags)
-    total.add(PartSums.of(whole).unpacked(whole.n_units, total.cells))
-    assert same(total, whole)
-
-
-def test_workers_give_the_bits_of_a_single_process(held_out: HeldOut, tmp_path: Path) -> None:
-    encoder = SAEEncoder(an_sae())
-    done: list[int] = []
-    alone = temporal_sums(encoder, held_out, seed=0)
-    shared = temporal_sums_on_workers(
-        encoder, held_out, tmp_path / "out", seed=0, workers=2, scheduler=None, advance=done.append
-    )
-    assert same(shared, alone)
-    assert sum(done) == n_tokens_read(held_out)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 # From folder to folder ---------------------------------------------------------------------------------
-
-
-def run(tmp_path: Path, store: ActivationStore, **changes: Any) -> Evaluation:
-    control = an_sae(name="block-s0", W_enc=an_sae().W_enc.flip(1).contiguous())
-    for sae, alpha in ((an_sae(), 1.0), (control, 0.0)):
-        sae.metadata["tcsae"] = {"arm": sae.name[:-3], "seed": 0, "recipe": {"alpha": alpha}}
-        save_sae(sae, tmp_path / "run" / "sae" / sae.name)
-    fields: dict[str, Any] = {
-        "saes": (tmp_path / "run",),
-        "out": tmp_path / "out",
-        "store": store.path,
-        "split": "all",
-        "suites": ("temporal",),
-        "n_bootstrap": 100,
-        "device": "cpu",
-    }
-    return evaluate(EvaluateConfig(**(fields | changes)))
 
 
 def test_the_features_are_written_and_the_primary_endpoint_is_compared_in_pairs(
     tmp_path: Path, store: ActivationStore
 ) -> None:
-    found = run(tmp_path, store)
+    found = run_of(tmp_path, store)
     features = pq.read_table(found.out / "features" / "tc16-s0.parquet")
     assert features.num_rows == D_SAE
     value = {row.arm: {name: one.value for name, one in row.estimates.items()} for row in found.rows}
@@ -220,7 +190,7 @@ def test_the_features_are_written_and_the_primary_endpoint_is_compared_in_pairs(
 
 
 def test_reference_rows_stand_beside_the_saes_and_are_kept(tmp_path: Path, store: ActivationStore) -> None:
-    found = run(tmp_path, store, temporal_references=("raw", "random", "averaged"))
+    found = run_of(tmp_path, store, temporal_references=("raw", "random", "averaged"))
     arms = [row.arm for row in found.rows]
     assert arms == ["block", "tc16", "reference: raw", "reference: random", "reference: averaged"]
     raw, averaged = found.rows[2], found.rows[4]
@@ -241,7 +211,7 @@ def test_reference_rows_stand_beside_the_saes_and_are_kept(tmp_path: Path, store
     files = sorted(found.out.glob("*/_reference-*"))
     assert len(files) == 6  # JSON and features
     before = [file.stat().st_mtime_ns for file in files]
-    again = run(tmp_path, store, temporal_references=("raw", "random", "averaged"))
+    again = run_of(tmp_path, store, temporal_references=("raw", "random", "averaged"))
     assert [file.stat().st_mtime_ns for file in files] == before
     assert [row.estimates for row in again.rows] == [row.estimates for row in found.rows]
 
@@ -252,9 +222,9 @@ def test_a_reference_without_the_suite_or_of_another_name_is_refused(
     with pytest.raises(
         ConfigError, match="temporal_references: expected suite temporal beside them, got core"
     ):
-        run(tmp_path, store, suites=("core",), temporal_references=("raw",))
+        run_of(tmp_path, store, suites=("core",), temporal_references=("raw",))
     with pytest.raises(ConfigError, match="workers: expected at least 1, got 0"):
-        run(tmp_path, store, workers=0)
+        run_of(tmp_path, store, workers=0)
 
 
 def test_thresholds_leave_as_many_features_on_as_asked(held_out: HeldOut) -> None:
@@ -290,9 +260,9 @@ def test_an_interrupted_pass_keeps_what_is_finished(
     with monkeypatch.context() as patched:
         patched.setattr(temporal_suite, "temporal_sums", stop_second)
         with pytest.raises(Interrupted, match="run the same command again"):
-            run(tmp_path, store)
+            run_of(tmp_path, store)
     finished = tmp_path / "out" / "temporal" / "block-s0.json"
     before = finished.stat().st_mtime_ns
     assert not (tmp_path / "out" / "temporal" / "tc16-s0.json").exists()
-    assert len(run(tmp_path, store).rows) == 2
+    assert len(run_of(tmp_path, store).rows) == 2
     assert finished.stat().st_mtime_ns == before

@@ -156,7 +156,8 @@ def test_one_row_gives_figures_without_intervals_and_says_why(
         estimate = row.estimates[metric]
         assert (estimate.low, estimate.high) == (None, None)
         assert estimate.value is not None
-        assert "only one" in (estimate.reason or "")
+        assert estimate.reason == "no interval, because there is only one row to resample"
+    assert not [one.reason for one in row.estimates.values() if "document" in (one.reason or "")]
 
 
 # Refusals ----------------------------------------------------------------------------------------------

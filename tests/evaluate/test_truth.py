@@ -12,21 +12,19 @@ import torch
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.truth import TrueCodes, TruthResult, pair_figures, truth_result
 from tcsae.evaluate.truth_matching import match, purity, recovery
-from tcsae.harvest import HarvestConfig, harvest
 from tcsae.harvest.synthetic import SyntheticSource, truth_of_store
 from tcsae.store import ActivationStore
 from tcsae.train.sae.inference import SAE
 
-CORPUS = "synthetic:features=40,d_model=64,documents=120,length=60,topics=3,rate=0.04:0.1"
+from .known import known_store, sae_of, solving
+
 QUICK = {"n_bootstrap": 200, "seed": 0, "print_": "p"}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    """Forty features in 64 dimensions, so that a threshold tells them apart; contexts of 40 and 20 rows."""
-    path = tmp_path_factory.mktemp("truth") / "s.zarr"
-    harvest(HarvestConfig(store=path, corpus=CORPUS, context_length=40, rows_per_chunk=1000))
-    return ActivationStore.open(path)
+    """Contexts of 40 and 20 rows."""
+    return known_store(tmp_path_factory.mktemp("truth"), documents=120, length=60, context_length=40)
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +37,11 @@ def held_out(store: ActivationStore) -> HeldOut:
     return HeldOut(store, "synthetic", "all")
 
 
-def sae_of(directions: np.ndarray, mean: np.ndarray, order: np.ndarray, block_size: int, **changes) -> SAE:
-    """Reads each of ``directions`` in ``order``, above a threshold."""
-    W_dec = torch.from_numpy(np.ascontiguousarray(directions[order]))
-    fields = {
-        "architecture": "jumprelu",
-        "W_enc": W_dec.T.contiguous(),
-        "b_enc": torch.zeros(len(order)),
-        "W_dec": W_dec,
-        "b_dec": torch.from_numpy(mean),
-        "threshold": torch.full((len(order),), 0.4),
-        "block_size": block_size,
-    }
-    return SAE(**(fields | changes))
-
-
 def oracle(source: SyntheticSource) -> SAE:
     """Solves for the true values, fewer than dimensions; the slow features are block H."""
     truth = source.truth
     order = np.argsort(truth.kind, kind="stable")
-    solving = torch.from_numpy(np.linalg.pinv(truth.directions[order]))
-    return sae_of(truth.directions, truth.mean, order, int(truth.of_kind("slow").sum()), W_enc=solving)
+    return solving(truth, order, int(truth.of_kind("slow").sum()))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +82,7 @@ def test_an_oracle_finds_every_feature_and_has_a_pure_block(oracles_result, sour
 
 def test_intervals_say_what_was_resampled(oracles_result):
     estimates = oracles_result.result.estimates
-    assert estimates["true_run_length_whole"].method == "bca over the SAE's features"
+    assert estimates["true_run_length_whole"].method == "bca over SAE features"
     assert estimates["f1"].method == "bca"
     assert estimates["f1"].low < estimates["f1"].value < estimates["f1"].high
     assert estimates["paired"].reason == "no interval, because it is a property of the two dictionaries"

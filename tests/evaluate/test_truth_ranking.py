@@ -16,18 +16,15 @@ from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.truth_oracle import FILE as ORACLE_FILE
 from tcsae.evaluate.truth_oracle import oracle_table
 from tcsae.evaluate.truth_ranking import Ranking, bonett_wright, rank, ranking_lines, spearman, write_ranking
-from tcsae.harvest import HarvestConfig, harvest
 from tcsae.harvest.synthetic import SyntheticSource, truth_of_store
 from tcsae.store import ActivationStore
 
-CORPUS = "synthetic:features=40,d_model=64,documents=60,length=120,topics=3,rate=0.04:0.1"
+from .known import known_store
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    path = tmp_path_factory.mktemp("ranking") / "s.zarr"
-    harvest(HarvestConfig(store=path, corpus=CORPUS, context_length=120, rows_per_chunk=1000))
-    return ActivationStore.open(path)
+    return known_store(tmp_path_factory.mktemp("ranking"), documents=60, length=120, context_length=120)
 
 
 @pytest.fixture(scope="module")

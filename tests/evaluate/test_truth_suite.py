@@ -10,21 +10,18 @@ import pytest
 import torch
 
 from tcsae.evaluate import EvaluateConfig, Evaluation, evaluate, table
-from tcsae.harvest import HarvestConfig, harvest
 from tcsae.harvest.synthetic import truth_of_store
 from tcsae.store import ActivationStore
 from tcsae.store.errors import StoreMismatch
 from tcsae.train.sae.inference import SAE
 from tcsae.train.saelens import save_sae
 
-CORPUS = "synthetic:features=40,d_model=64,documents=80,length=60,topics=3,rate=0.04:0.1"
+from .known import known_store, solving
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    path = tmp_path_factory.mktemp("suite") / "s.zarr"
-    harvest(HarvestConfig(store=path, corpus=CORPUS, context_length=60, rows_per_chunk=1000))
-    return ActivationStore.open(path)
+    return known_store(tmp_path_factory.mktemp("suite"), documents=80, length=60, context_length=60)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +35,8 @@ def run(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "fast": np.argsort(-truth.kind.astype(int), kind="stable"),
     }
     for name, order in orders.items():
-        sae = SAE(
-            architecture="jumprelu",
-            W_enc=torch.from_numpy(np.linalg.pinv(truth.directions[order])),
-            b_enc=torch.zeros(40),
-            W_dec=torch.from_numpy(np.ascontiguousarray(truth.directions[order])),
-            b_dec=torch.from_numpy(truth.mean),
-            threshold=torch.full((40,), 0.4),
-            block_size=8,
-            name=f"{name}-s0",
-            metadata={"hook_name": "synthetic", "tcsae": {"arm": name, "seed": 0}},
-        )
+        metadata = {"hook_name": "synthetic", "tcsae": {"arm": name, "seed": 0}}
+        sae = solving(truth, order, 8, name=f"{name}-s0", metadata=metadata)
         save_sae(sae, folder / "sae" / f"{name}-s0")
     return folder
 

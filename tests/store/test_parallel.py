@@ -1,8 +1,17 @@
-"""Dask clusters on one machine are not in each other's way."""
+"""Dask clusters on one machine are not in each other's way, and what becomes of one ends in one line."""
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tcsae.store import parallel
+from tcsae.store.errors import ConfigError, TcsaeError, WorkersLost
 from tcsae.store.parallel import map_tasks
+from tcsae.tests.clusters import dask_cluster
 
 
 def test_two_clusters_at_once_do_not_clash():
@@ -11,3 +20,66 @@ def test_two_clusters_at_once_do_not_clash():
     # warnings are errors in these tests, such as Dask's about a port that is taken
     assert dict(map_tasks(abs, [-4, -5], workers=2)) == {-4: 4, -5: 5}
     assert found | dict(outer) == {-1: 1, -2: 2, -3: 3}
+
+
+# A cluster of other processes ---------------------------------------------------------------------------
+
+
+def test_more_tasks_than_are_with_the_scheduler_at_once_all_come_back(tmp_path: Path):
+    with dask_cluster(tmp_path, nanny=False) as cluster:
+        n = 5 * parallel.TASKS_AHEAD
+        assert dict(map_tasks(abs, range(-n, 0), scheduler=cluster.address)) == {
+            -i: i for i in range(1, n + 1)
+        }
+
+
+@pytest.mark.parametrize("what", ["worker", "scheduler"])
+def test_the_loss_of_the_last_worker_or_of_the_scheduler_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    monkeypatch.setattr(parallel, "LOOK_SECONDS", 0.2)
+    with dask_cluster(tmp_path, nanny=False) as cluster:
+        found = map_tasks(time.sleep, [0.01, 600.0], scheduler=cluster.address)
+        assert next(found) == (0.01, None)
+        monkeypatch.setattr(parallel, "WORKER_SECONDS", 1)
+        (cluster.scheduler if what == "scheduler" else cluster.workers()[0]).kill()
+        message = (
+            "got no connection any more; start one and run again"
+            if what == "scheduler"
+            else "expected at least one living worker, got none for 1 s"
+        )
+        with pytest.raises(WorkersLost, match=message) as caught:
+            next(found)
+        assert str(caught.value).startswith(f"scheduler {cluster.address}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_task_that_kills_its_workers_is_named(tmp_path: Path):
+    once = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
+    with (
+        dask_cluster(tmp_path, nanny=False, environment=once) as cluster,
+        pytest.raises(WorkersLost, match="^3: 1 workers died of it, the last one at tcp://127.0.0.1"),
+    ):
+        list(map_tasks(os._exit, [3], scheduler=cluster.address))
+
+
+ABSENT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tcsae":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_a_cluster_without_the_package_is_one_line(tmp_path: Path):
+    script = tmp_path / "absent.py"
+    script.write_text(ABSENT)
+    with (
+        dask_cluster(tmp_path, nanny=False, preload=[script]) as cluster,
+        pytest.raises(ConfigError, match="expected the packages of this machine .* install tcsae there too"),
+    ):
+        list(map_tasks(TcsaeError, ["x"], scheduler=cluster.address))

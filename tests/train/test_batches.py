@@ -123,7 +123,9 @@ def test_a_batch_stays_as_it_is_while_the_next_is_read(numbered: ActivationStore
         one.begin_ring_rows(step, 32)
         one.ring_rows(step, 32)  # read after the next batch: both are done now
         assert torch.equal(batch.raw, raw)
-        assert torch.equal(batch.raw, numbered.gather(batch.token))  # a token's id is its row
+        assert torch.equal(
+            batch.raw, numbered.gather(batch.token.astype(np.int64))
+        )  # a token's id is its row
 
 
 def test_a_damaged_chunk_is_named_at_the_step_that_needs_it(

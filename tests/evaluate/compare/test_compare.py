@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tcsae.evaluate import Compared, compare
-from tcsae.evaluate.compare.contrasts import MARGINS, REGISTERED, holm_correction
+from tcsae.evaluate.compare.contrast import holm_correction
+from tcsae.evaluate.compare.registered import MARGINS, REGISTERED
 from tcsae.evaluate.compare.terminal import terminal
 from tcsae.store.errors import ConfigError, RunBusy, UnknownName
 from tcsae.train.sae.inference import SAE
