@@ -73,8 +73,17 @@ def _note(evaluation: Evaluation) -> str:
             f" Means over live features at lag {TABLE_LAG}, H: over those of block H: ac{TABLE_LAG}, autocorrelation; "
             f"xi{TABLE_LAG}, excess of the normalised mutual information over both its nulls."
         )
+    if any(one.value is None for row in rows for name, one in row.estimates.items() if name in _SHOWN):
+        note += " What is undefined is a dash or has no column; summary.json says why."
     return note
 
+
+_SHOWN = {
+    *("l0", "l0_H", "dead_fraction", "explained_variance", "mse_per_dimension", "loss_recovered", "kl_score"),
+    *(metric_name("whole", TABLE_LAG), metric_name("whole", TABLE_LAG, PRIMARY_METRIC)),
+    *(_OF_H, metric_name("H", TABLE_LAG, PRIMARY_METRIC)),
+}
+"""Metrics of the columns."""
 
 _COLUMNS: Columns = (
     *NAMES,
