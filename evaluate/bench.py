@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import pyarrow as pa
 import torch
 
-from tcsae.evaluate.config import EvaluateConfig, Suite
+from tcsae.evaluate.config import EvaluateConfig, Suite, documents_text
 from tcsae.evaluate.estimates import SuiteResult, fingerprint
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.splice import ReplayModel
@@ -195,7 +195,7 @@ class Bench:
             has_bos=made.bos_token_id is not None,
             n_documents=held_out.n_documents,
             n_tokens=held_out.n_tokens,
-            caption=f"{held_out.n_documents} {self.config.split} documents",
+            caption=documents_text(held_out.n_documents, self.config.split),
         )
 
     @property

@@ -120,6 +120,15 @@ class EvaluateConfig:
             raise ConfigError(f"seed: expected at least 0, got {self.seed}")
 
 
+def documents_text(n: int, split: EvaluatedSplit) -> str:
+    """What figures rest on, in words.
+
+    >>> documents_text(85, "test"), documents_text(1, "all")
+    ('85 test documents', '1 document')
+    """
+    return f"{n} {'' if split == 'all' else f'{split} '}document{'' if n == 1 else 's'}"
+
+
 def parse_reference(text: str) -> tuple[str, int | None]:
     """Kind of a reference and, of ``pca:K``, its number of components.
 

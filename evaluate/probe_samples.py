@@ -193,10 +193,11 @@ def token_task(
     generator = np.random.default_rng([seed, 2 + back])
     found = []
     for side in (train, test):
-        rows = np.concatenate(
-            [np.arange(a + SKIPPED_POSITIONS, a + n) for a, n in zip(side.start, side.length, strict=True)]
+        spans = zip(side.start, side.length, strict=True)
+        # after no row, since there may be no context
+        found.append(
+            np.concatenate([np.arange(0), *(np.arange(a + SKIPPED_POSITIONS, a + n) for a, n in spans)])
         )
-        found.append(rows)
     tokens = train.store.tokens
     special = train.store.provenance.special_token_ids
     ids, counts = np.unique(np.asarray(tokens[found[0] - back]), return_counts=True)

@@ -16,6 +16,7 @@ from tcsae.evaluate.cells import (
     with_interval,
     wrapped,
 )
+from tcsae.evaluate.config import documents_text
 from tcsae.evaluate.probe_table import probe_lines
 from tcsae.evaluate.summary import Comparison, Evaluation, replayed_documents
 from tcsae.evaluate.temporal import PRIMARY_METRIC, metric_name
@@ -49,16 +50,17 @@ def _note(evaluation: Evaluation) -> str:
     """What the figures rest on and, of the columns that are there, what they mean."""
     conditions, rows = evaluation.conditions, evaluation.rows
     if conditions.get("tokens_sha256"):
+        n = conditions["n_documents"]
         return (
-            f"{conditions['n_documents']} rows; in brackets 95 % bootstrap intervals over rows. All figures: the model "
+            f"{n} row{'' if n == 1 else 's'}; in brackets 95 % bootstrap intervals over rows. All figures: the model "
             "replayed on them."
         )
     measured = {name for row in rows for name in row.estimates}
     replayed = replayed_documents(rows)
     n_outliers = sum(conditions.get("n_outliers_left_out", {}).values())
     left_out = f" ({n_outliers} outlier rows left out)" if n_outliers else ""
-    note = f"{conditions['n_documents']} {conditions['split']} documents; in brackets 95 % bootstrap intervals over "
-    note += "documents."
+    text = documents_text(conditions["n_documents"], conditions["split"])
+    note = f"{text}; in brackets 95 % bootstrap intervals over documents."
     if replayed is not None:
         note += (
             f" Loss recovered and KL: model replayed with the SAE spliced in, on {replayed} of them; the rest: stored "
@@ -71,8 +73,17 @@ def _note(evaluation: Evaluation) -> str:
             f" Means over live features at lag {TABLE_LAG}, H: over those of block H: ac{TABLE_LAG}, autocorrelation; "
             f"xi{TABLE_LAG}, excess of the normalised mutual information over both its nulls."
         )
+    if any(one.value is None for row in rows for name, one in row.estimates.items() if name in _SHOWN):
+        note += " What is undefined is a dash or has no column; summary.json says why."
     return note
 
+
+_SHOWN = {
+    *("l0", "l0_H", "dead_fraction", "explained_variance", "mse_per_dimension", "loss_recovered", "kl_score"),
+    *(metric_name("whole", TABLE_LAG), metric_name("whole", TABLE_LAG, PRIMARY_METRIC)),
+    *(_OF_H, metric_name("H", TABLE_LAG, PRIMARY_METRIC)),
+}
+"""Metrics of the columns."""
 
 _COLUMNS: Columns = (
     *NAMES,

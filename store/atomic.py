@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
 
-from tcsae.store.errors import DiskFull, TcsaeError
+from tcsae.store.errors import ConfigError, DiskFull, TcsaeError
 
 PARTIAL = ".partial"
 """Suffix of a file that is still being written; safe to delete when no process holds the lock."""
@@ -116,9 +116,14 @@ def exclusive(lock: Path, busy: TcsaeError) -> Iterator[None]:
     cleaned up after. The file is removed on the way out. Another process may have opened it just before, so
     whoever gets the lock checks that the name still leads to the file that it has locked.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"{lock.parent}: cannot be written to ({error.strerror}); choose another path"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

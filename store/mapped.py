@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def resident_limit() -> int:
 class HookChunks:
     """Chunk number to its rows, padding left off; a chunk is verified when it is first asked for.
 
+    Safe to use from several threads; what has been verified before is copied from its file by all of them at once.
+
     Parameters
     ----------
     store
@@ -72,6 +75,7 @@ class HookChunks:
     def __init__(
         self, store: Path, hook: str, provenance: Provenance, n_rows: int, cached: CachedStore | None
     ) -> None:
+        self._lock = threading.RLock()  # held by whoever maps, decodes, verifies or gives up
         self._store = store
         self._cached = cached
         self._hook = hook
@@ -99,14 +103,16 @@ class HookChunks:
 
         A map that somebody has a view of lives on as long as the view.
         """
-        self._read_bytes += n_rows * self._row_bytes + n_pieces * TOUCHED_BYTES
-        mapped = len(self._mapped) * self._chunk_bytes
-        if self._is_raw and mapped > self._resident_limit and self._read_bytes - self._looked_at > LOOK_BYTES:
-            self._looked_at = self._read_bytes
-            if self._resident() > self._resident_limit:
-                self._mapped.clear()
-                self._read_bytes = self._looked_at = 0
-                self._others = file_pages() or 0
+        with self._lock:
+            self._read_bytes += n_rows * self._row_bytes + n_pieces * TOUCHED_BYTES
+            mapped = len(self._mapped) * self._chunk_bytes
+            limit = self._resident_limit
+            if self._is_raw and mapped > limit and self._read_bytes - self._looked_at > LOOK_BYTES:
+                self._looked_at = self._read_bytes
+                if self._resident() > limit:
+                    self._mapped.clear()
+                    self._read_bytes = self._looked_at = 0
+                    self._others = file_pages() or 0
 
     def _resident(self) -> int:
         """Bytes of our maps that are resident; what has been read of them where the system does not say."""
@@ -118,19 +124,20 @@ class HookChunks:
 
     def __getitem__(self, chunk: int) -> Float[Tensor, "row d_model"]:
         """Rows of chunk number ``chunk``; raises `StoreCorrupt`, or `RemoteError` if it cannot be fetched."""
-        if chunk in self._mapped:
-            self._mapped.move_to_end(chunk)
-            return self._mapped[chunk]
-        path = chunk_path(self._store, self._hook, chunk)
-        if self._is_raw and _identity_at(path) == tuple(self._verified[chunk].tolist()):
-            rows = self._map(chunk, path)
-        else:
-            rows = self._read(chunk, path)
-        rows = rows[: self._n_rows - chunk * self._made.rows_per_chunk]
-        self._mapped[chunk] = rows
-        if len(self._mapped) > self._most:
-            self._mapped.popitem(last=False)
-        return rows
+        with self._lock:
+            if chunk in self._mapped:
+                self._mapped.move_to_end(chunk)
+                return self._mapped[chunk]
+            path = chunk_path(self._store, self._hook, chunk)
+            if self._is_raw and _identity_at(path) == tuple(self._verified[chunk].tolist()):
+                rows = self._map(chunk, path)
+            else:
+                rows = self._read(chunk, path)
+            rows = rows[: self._n_rows - chunk * self._made.rows_per_chunk]
+            self._mapped[chunk] = rows
+            if len(self._mapped) > self._most:
+                self._mapped.popitem(last=False)
+            return rows
 
     def copy(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> None:
         """Fill the bytes of each piece, [row, byte], from a row of the chunk on; raises what `__getitem__` does.
@@ -142,7 +149,8 @@ class HookChunks:
         path = chunk_path(self._store, self._hook, chunk)
         if self._is_raw and self._copy_from_file(chunk, path, pieces):
             return
-        rows = (self._read(chunk, path) if self._is_raw else self[chunk]).view(torch.uint8).numpy()
+        with self._lock:
+            rows = (self._read(chunk, path) if self._is_raw else self[chunk]).view(torch.uint8).numpy()
         for first, into in pieces:
             into[:] = rows[first : first + len(into)]
 

@@ -30,6 +30,9 @@ WORKER_SECONDS = 60
 LOOK_SECONDS = 1
 """how often it is looked whether there are workers still, while none of them has a result"""
 
+UNREADABLE = "deserialization of the task graph"
+"""In Dask's message where a scheduler lacks the packages of a task."""
+
 TASKS_AHEAD = 4
 """Tasks that are with the scheduler for each thread that can run one: enough that none waits, few enough that
 a hundred thousand chunks are not all described to it at once."""
@@ -95,10 +98,12 @@ class Pool:
                         f"{items[number]}: {error.allowed_failures + 1} workers died of it, the last one at "
                         f"{error.last_worker.address}; if memory ran out, run again with fewer workers"
                     ) from error
-                except ModuleNotFoundError as error:
+                except (ModuleNotFoundError, RuntimeError) as error:
+                    if isinstance(error, RuntimeError) and UNREADABLE not in str(error):
+                        raise
                     raise ConfigError(
-                        f"{self._where}: expected the packages of this machine on every worker, got one without "
-                        f"{error.name}; install tcsae there too"
+                        f"{self._where}: expected the packages of this machine on the scheduler and every worker, got "
+                        f"others ({str(error).splitlines()[0]}); install the same tcsae there"
                     ) from error
                 submit(1)
                 yield number, result

@@ -1,7 +1,7 @@
 """Reading a store: zero-copy views of memory-mapped chunk files.
 
-``ActivationStore`` is safe to use from several processes at once and to send to another process (it
-reopens there); one object belongs to one thread.
+``ActivationStore`` is safe to use from several processes and threads at once and to send to another process (it
+reopens there).
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,9 +20,9 @@ from tcsae.train import ArmConfig, TrainConfig, train
 ROOT = Path(__file__).parents[1]
 
 
-def commands() -> dict[str, Any]:
-    found = dict(typer.main.get_command(cli.app).commands)
-    return found | {f"store {name}": command for name, command in found.pop("store").commands.items()}
+def commands() -> dict[str, typer.models.CommandInfo]:
+    found = {info.callback.__name__: info for info in cli.app.registered_commands}
+    return found | {f"store {info.callback.__name__}": info for info in cli.store_app.registered_commands}
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -36,10 +35,10 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("name", commands())
 def test_every_command_has_help_that_ends_in_an_example(name):
-    command = commands()[name]
-    assert command.help
-    example = re.fullmatch(r"Example: (tcsae .+)", command.epilog or "")
-    assert example, command.epilog
+    info = commands()[name]
+    assert info.callback.__doc__
+    example = re.fullmatch(r"Example: (tcsae .+)", info.epilog or "")
+    assert example, info.epilog
     assert shlex.split(example[1])[1 : 1 + len(name.split())] == name.split()
 
 
@@ -67,7 +66,9 @@ def test_options_are_those_that_scripts_rely_on():
     }
     assert set(commands()) == set(expected)
     for name, options in expected.items():
-        command = commands()[name]
+        command = typer.main.get_command(cli.app)
+        for part in name.split():
+            command = command.commands[part]
         found = {o.removeprefix("--") for p in command.params for o in p.opts if o.startswith("--")} - {
             "help"
         }

@@ -1,4 +1,4 @@
-"""One direction: store <- harvest <- train <- evaluate <- commands <- cli. Read from the sources, nothing is run."""
+"""One direction: store <- harvest <- train <- evaluate <- cli. Read from the sources, nothing is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ MAY_IMPORT = {
     "train": {"store", "train", "data"},
     # replaying needs the model as harvest loads it, the SAE as training saves it, and a truth as harvest drew it
     "evaluate": {"store", "evaluate", "train", "harvest.model", "harvest.synthetic"},
-    "commands": {"store", "harvest", "train", "evaluate", "commands", "data"},
     "data": {"data"},
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CODE = ("store", "harvest", "train", "evaluate", "commands", "data")
+CODE = ("store", "harvest", "train", "evaluate", "data")
 
 
 def listed_packages() -> list[str]:
@@ -44,7 +44,7 @@ def test_the_root_holds_no_module_but_the_command_line():
 
 
 def test_no_top_level_name_of_ours_is_importable():
-    names = ("store", "harvest", "train", "commands", "cli", "data")
+    names = ("store", "harvest", "train", "cli", "data")
     code = f"import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
     found = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd="/", capture_output=True, text=True, check=True

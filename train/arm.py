@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tcsae.train.average import WeightAverage
-from tcsae.train.batches import RESAMPLE, Rows, random_stream
+from tcsae.train.batches import Rows
 from tcsae.train.config import ArmConfig
 from tcsae.train.losses import Contrast, auxiliary
 from tcsae.train.pairs import Pairs
@@ -24,6 +24,7 @@ from tcsae.train.scaler import Scaler
 from tcsae.train.schedule import contrast_weight, learning_rate, sparsity_weight
 from tcsae.train.slices import auxiliary_addend, losses_addend, temporal_addend, whole_code
 from tcsae.train.temporal import temporal_term
+from tcsae.train.window_reader import RESAMPLE, random_stream
 from tcsae.train.world import ALONE, World
 
 BETAS = (0.9, 0.999)
@@ -64,6 +65,15 @@ class Arm:
     def name(self) -> str:
         """Of the SAE's folder: ``<arm>-s<seed>``."""
         return f"{self.config.name}-s{self.seed}"
+
+    @property
+    def takes_keys(self) -> bool:
+        """Whether its temporal term, learnt from or only measured, is against the ring."""
+        return bool(self.sae.block_size) and self.config.objective == "info_nce"
+
+    def takes_pairs(self, *, detailed: bool) -> bool:
+        """Whether a step has a temporal term: one to learn from, or to measure where all is logged."""
+        return bool(self.sae.block_size) and (self.config.alpha > 0 or detailed)
 
     @torch.no_grad()
     def begin_at(self, centre: Tensor) -> None:
@@ -116,7 +126,7 @@ class Arm:
 
         alpha = contrast_weight(config, step, around.steps)
         temporal, extra = None, None
-        if sae.block_size and (alpha > 0 or detailed):
+        if self.takes_pairs(detailed=detailed):
             temporal = self._temporal(batch, coded, pairs, around, detailed, learn=alpha > 0)
         if temporal is not None and alpha > 0 and temporal.n_pairs:
             extra = self._gradient_of(alpha * temporal.loss)
@@ -141,27 +151,29 @@ class Arm:
         if self.average is not None:
             self.average.update(sae, step + 1)
 
-        main, explained, contrast = world.totals(
-            objective.item(), losses.fvu.item(), temporal.loss.item() if temporal is not None else 0.0
+        main, explained, fit, penalised, auxiliary_loss, contrast = world.totals(
+            objective.item(),
+            losses.fvu.item(),
+            losses.fit.item(),
+            losses.sparsity.item(),
+            aux.item(),
+            temporal.loss.item() if temporal is not None else 0.0,
         )
         coded = coded._replace(code=whole_code(coded.code, len(batch.x), world))
         terms = {
             "loss": main + alpha * contrast,
             "fvu": explained,
+            "fit": fit,
+            "sparsity": penalised,
+            "auxiliary": auxiliary_loss,
             "n_pairs": temporal.n_pairs if temporal is not None else 0,
             **self._counts(coded, dead, n_tokens),
         }
         if detailed:
-            fit, penalised, auxiliary_loss = world.totals(
-                losses.fit.item(), losses.sparsity.item(), aux.item()
-            )
             terms |= self._details(batch, coded, sizes, around, temporal, contrast, n_tokens)
             terms |= {
-                "fit": fit,
-                "sparsity": penalised,
                 "sparsity_weight": sparsity,
                 "l2_penalty": l2,
-                "auxiliary": auxiliary_loss,
                 "resampled": int(self.resampled),
                 "alpha": alpha,
                 "gradient_norm": main_norm,

@@ -1,7 +1,7 @@
-"""Batches of windows in a seeded order, and random pieces of the train split for the ring.
+"""Batches of windows in normalised units, and what enters the ring, each read while the step before it computes.
 
-Nothing here has a hidden state: what is read in an epoch or after a step is a function of the seed and of
-that epoch or step, so a run resumes from ``(epoch, cursor)``.
+What is read follows from the seed and from a batch's place or a step (`tcsae.train.window_reader`), so a run resumes
+from ``(epoch, cursor)``.
 
 Legend: B tokens of a batch, W windows, D d_model.
 """
@@ -9,33 +9,22 @@ Legend: B tokens of a batch, W windows, D d_model.
 from __future__ import annotations
 
 import logging
-import math
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from tcsae.store import ActivationStore
-from tcsae.store.errors import ConfigError, RunMismatch
-from tcsae.store.spec import TORCH_DTYPES
+from tcsae.store.errors import RunMismatch
+from tcsae.train.read_ahead import ReadAhead
 from tcsae.train.scaler import Scaler
+from tcsae.train.window_reader import Int64Array, Memory, Place, ReadRows, WindowReader
 from tcsae.train.world import ALONE, World
 
 log = logging.getLogger(__name__)
-
-Int64Array = npt.NDArray[np.int64]
-
-ORDER, RING, PAIRS = range(3)
-SAMPLE, RESAMPLE = 10, 11
-"""purposes of random numbers; each has its own stream (see `random_stream`)"""
-
-
-def random_stream(seed: int, purpose: int, index: int) -> np.random.Generator:
-    """The generator for ``purpose`` at epoch or step ``index``: a function of its arguments alone."""
-    return np.random.default_rng([seed, purpose, index])
 
 
 class Rows(NamedTuple):
@@ -59,51 +48,25 @@ class Rows(NamedTuple):
     """[token] may be anchor, positive or negative: no outlier, no special token, not too early"""
 
 
-class _Memory:
-    """Two matrices that are used again: fresh ones cost a page fault for every 4 kB, more than filling them."""
+class RingRows(NamedTuple):
+    """Rows that enter the ring, all eligible."""
 
-    def __init__(self) -> None:
-        self._raw, self._x = torch.empty(0), torch.empty(0)
-
-    def raw(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        if self._raw.numel() < math.prod(shape) or self._raw.dtype != dtype:
-            self._raw = torch.empty(math.prod(shape), dtype=dtype)
-        return self._raw[: math.prod(shape)].view(shape)
-
-    def x(self, shape: tuple[int, int], device: torch.device) -> Tensor:
-        if self._x.numel() < math.prod(shape):
-            self._x = torch.empty(math.prod(shape), device=device)
-        return self._x[: math.prod(shape)].view(shape)
+    raw: Float[Tensor, "row d_model"]
+    """as stored"""
+    document: Int64[Tensor, " row"]
+    position: Int64[Tensor, " row"]
+    source: Int64[Tensor, " row"]
 
 
 class WindowLoader:
-    """All windows of the train split in a new order each epoch, ``batch_tokens`` tokens at a time.
-
-    A context of L tokens has L // window windows; in each epoch they begin at a new random phase, so that
-    every token is seen. A batch that runs over the end of an epoch goes on with the next.
+    """The train split's windows in a new order each epoch, ``batch_tokens`` tokens at a time.
 
     Parameters
     ----------
-    store, hook
-        where the activations are
-    window
-        tokens of a window
-    batch_tokens
-        tokens of a batch, a multiple of ``window``
-    seed
-        of the order
-    min_position
-        earlier positions of a context are not eligible
+    store, hook, window, batch_tokens, seed, min_position, world
+        see `WindowReader`, which also says what is refused
     device
         where the tensors go
-    world
-        the processes that each read an equal slice of a batch
-
-    Raises
-    ------
-    ConfigError
-        no context of the train split holds a window, all together hold less than a batch, or a batch has
-        windows that cannot be shared out among the processes
     """
 
     def __init__(
@@ -118,106 +81,83 @@ class WindowLoader:
         device: torch.device,
         world: World = ALONE,
     ) -> None:
-        self._store, self._hook, self._device = store, hook, device
-        self._window, self._seed, self._min_position = window, seed, min_position
-        self._world = world
+        self._device, self._window = device, window
         statistics = store.statistics(hook)
         self.scaler = Scaler.of(statistics)
         self._outlier_norm = statistics.outlier_norm
-        self._special = np.array(store.provenance.special_token_ids, dtype=np.int64)
-        _, source = np.unique(store.documents["source"].to_numpy(zero_copy_only=False), return_inverse=True)
-        self._source: Int64Array = source.astype(np.int64)
-        contexts = store.contexts_in("train")
-        lengths = np.diff(store.context_offsets)[contexts]
-        fits = lengths >= window
-        self._contexts, self._lengths = contexts[fits], lengths[fits]
-        self._windows_until: Int64Array = np.cumsum(self._lengths // window)
-        self.windows_per_epoch = int(self._windows_until[-1]) if len(fits) and fits.any() else 0
-        self.windows_per_batch = batch_tokens // window
-        self.n_tokens = int(lengths.sum())
-        self.n_documents = len(np.unique(store.document_of_context[self._contexts]))
+        # Used by the thread that reads ahead alone, but for its sizes.
+        self._reader = WindowReader(
+            store,
+            hook,
+            window=window,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            min_position=min_position,
+            world=world,
+        )
+        self.windows_per_epoch = self._reader.windows_per_epoch
+        self.windows_per_batch = self._reader.windows_per_batch
+        self.n_documents = self._reader.n_documents
         """of the train split that have a window"""
-        n_eligible = np.maximum(self._lengths - min_position, 0)
-        self.most_eligible = int(n_eligible.max(initial=0))
+        self.most_eligible = self._reader.most_eligible
         """positions from ``min_position`` on of the longest context"""
-        # Eligible positions over those that one piece holds: then all are equally likely to be drawn.
-        weights = np.where(n_eligible > 0, np.maximum(n_eligible, window), 0)
-        self._piece_bounds: Int64Array = np.cumsum(weights)
-        self._eligible_per_piece = window * n_eligible.sum() / max(weights.sum(), 1)
-        longest = int(lengths.max()) if len(lengths) else 0
-        if not self.windows_per_epoch:
-            raise ConfigError(
-                f"window: {window} tokens, but the longest context of {store.url}'s train split has "
-                f"{longest}; choose a smaller window or harvest with a larger --context-length"
-            )
-        if self.windows_per_epoch < self.windows_per_batch:
-            raise ConfigError(
-                f"batch_tokens: {batch_tokens} tokens are {self.windows_per_batch} windows of {window}, but "
-                f"{store.url}'s train split has {self.windows_per_epoch} ({self.n_tokens} tokens); lower "
-                "batch_tokens or harvest more"
-            )
-        if self.windows_per_batch % world.size:
-            raise ConfigError(
-                f"batch_tokens: {batch_tokens} tokens are {self.windows_per_batch} windows of {window}, which "
-                f"{world.size} processes cannot share out equally; expected a multiple of "
-                f"{world.size * window} tokens"
-            )
-        self._batch_memory, self._ring_memory = _Memory(), _Memory()
-        self.epoch = 0
-        self.cursor = 0
-        self._load_epoch()
+        self._ahead = ReadAhead()
+        self._memory = Memory()
+        self._place = Place(0, 0)
 
     @property
     def tokens_per_epoch(self) -> int:
         """Tokens in an epoch's windows."""
         return self.windows_per_epoch * self._window
 
+    @property
+    def epoch(self) -> int:
+        """Of the next batch, 0-based."""
+        return self._place.epoch
+
+    @property
+    def cursor(self) -> int:
+        """Windows of the epoch before the next batch."""
+        return self._place.cursor
+
     def next(self) -> Rows:
         """The next batch, or this process's slice of it: windows one after the other, so [W, window] once reshaped.
 
-        Its tensors are overwritten by the next call.
+        Its tensors are overwritten by the next call. The batch after it begins to be read.
         """
-        picked = self._order[self.cursor : self.cursor + self.windows_per_batch]
-        starts, contexts = self._windows(picked)
-        self.cursor += self.windows_per_batch
-        if self.cursor >= self.windows_per_epoch:
-            self.cursor -= self.windows_per_epoch
-            self.epoch += 1
-            self._load_epoch()
-            log.info("epoch %d begins, in a new order", self.epoch + 1)
-            more = self._windows(self._order[: self.windows_per_batch - len(picked)])
-            starts, contexts = np.concatenate([starts, more[0]]), np.concatenate([contexts, more[1]])
-        mine = self._world.slice(self.windows_per_batch)
-        return self._read(starts[mine], contexts[mine], self._batch_memory)
+        read, after = self._ahead.take(self._reader.batch, self._place)
+        if after.epoch > self._place.epoch:
+            log.info("epoch %d begins, in a new order", after.epoch + 1)
+        self._place = after
+        self._ahead.begin(self._reader.batch, after)
+        return self._rows(read, self._memory)
 
-    def ring_rows(self, step: int, n: int) -> Rows:
-        """About 1.5 ``n`` tokens from ``min_position`` on for the ring after ``step``, in random pieces.
+    def begin_ring_rows(self, step: int, n: int) -> None:
+        """Let what `ring_rows` will be asked for begin to be read."""
+        self._ahead.begin(self._reader.pieces, step, n)
 
-        A piece is as long as a window and contiguous. Contexts of a window or more are drawn so that each
-        gives tokens in proportion to its positions from ``min_position`` on; within a context those near its
-        ends are in fewer pieces. The surplus makes up for outliers and special tokens. For stores with
-        `most_eligible` > 0. The tensors are overwritten by the next call.
+    def ring_rows(self, step: int, n: int) -> RingRows:
+        """``n`` tokens from ``min_position`` on for the ring after ``step`` (see `WindowReader.pieces`).
+
+        Fewer come back where more than a third of what was read are outliers or special tokens.
         """
-        stream = random_stream(self._seed, RING, step)
-        n_pieces = math.ceil(1.5 * n / self._eligible_per_piece)
-        drawn = stream.integers(self._piece_bounds[-1], size=n_pieces)
-        which = np.searchsorted(self._piece_bounds, drawn, side="right")
-        last = self._lengths[which] - self._window
-        first = np.minimum(self._min_position, last)
-        starts = self._store.context_offsets[self._contexts[which]] + stream.integers(first, last + 1)
-        return self._read(starts, self._contexts[which], self._ring_memory)
+        read = self._ahead.take(self._reader.pieces, step, n)
+        raw = read.raw.to(self._device)
+        eligible = torch.from_numpy(np.flatnonzero(read.allowed & self._valid(raw).cpu().numpy())[:n])
+        where = eligible.to(self._device)
+        document, position, source = (
+            torch.from_numpy(values)[eligible].to(self._device)
+            for values in (read.document, read.position, read.source)
+        )
+        return RingRows(raw[where], document, position, source)
 
     def sample(self, n: int) -> Rows:
-        """About ``n`` random tokens of the train split in windows, the same at every call.
+        """About ``n`` random tokens of the train split, the same at every call (see `WindowReader.sample`)."""
+        return self._rows(self._ahead.take(self._reader.sample, n), Memory())
 
-        Contexts are drawn in proportion to their length; tokens near their ends are in fewer windows.
-        """
-        stream = random_stream(self._seed, SAMPLE, 0)
-        share = self._lengths / self._lengths.sum()
-        which = stream.choice(len(share), size=math.ceil(n / self._window), p=share)
-        phase = stream.integers(self._lengths[which] - self._window + 1)
-        contexts = self._contexts[which]
-        return self._read(self._store.context_offsets[contexts] + phase, contexts, _Memory())
+    def close(self) -> None:
+        """Wait until nothing is read any more; nothing can be read after."""
+        self._ahead.close()
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins."""
@@ -229,37 +169,19 @@ class WindowLoader:
             raise RunMismatch(
                 f"loader state of version {state['version']}, this tcsae reads 1; upgrade tcsae"
             )
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self._load_epoch()
+        self._place = Place(state["epoch"], state["cursor"])
+        self._ahead.forget()
 
-    def _load_epoch(self) -> None:
-        """The order of `epoch`, 4 bytes a window, and each context's phase: windows follow from them."""
-        stream = random_stream(self._seed, ORDER, self.epoch)
-        # A phase of 0 .. L mod window leaves room for all L // window windows.
-        self._phases = stream.integers(self._lengths % self._window + 1)
-        self._order = stream.permutation(np.arange(self.windows_per_epoch, dtype=np.uint32))
+    def _valid(self, raw: Tensor) -> Tensor:
+        valid: Tensor = torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32) <= self._outlier_norm
+        return valid
 
-    def _windows(self, numbers: npt.NDArray[np.uint32]) -> tuple[Int64Array, Int64Array]:
-        """First rows and contexts of windows, numbered from the first context's first on."""
-        which = np.searchsorted(self._windows_until, numbers, side="right")
-        within = numbers - (self._windows_until[which] - self._lengths[which] // self._window)
-        contexts = self._contexts[which]
-        starts = self._store.context_offsets[contexts] + self._phases[which] + within * self._window
-        return starts, contexts
-
-    def _read(self, starts: Int64Array, contexts: Int64Array, memory: _Memory) -> Rows:
-        rows = (starts[:, None] + np.arange(self._window)).ravel()
-        shape = (len(rows), self._store.d_model)
-        dtype = TORCH_DTYPES[self._store.provenance.dtype]
-        raw = self._store.gather(rows, self._hook, memory.raw(shape, dtype)).to(self._device)
-        valid = torch.linalg.vector_norm(raw, dim=1, dtype=torch.float32) <= self._outlier_norm
-        x = self.scaler.normalise(raw, memory.x(shape, self._device))
+    def _rows(self, read: ReadRows, memory: Memory) -> Rows:
+        raw = read.raw.to(self._device)
+        valid = self._valid(raw)
+        x = self.scaler.normalise(raw, memory((len(raw), raw.shape[1]), torch.float32, self._device))
         if not valid.all():
             raw[~valid] = 0
             x[~valid] = 0
-        per_token = np.repeat(contexts, self._window)
-        document = self._store.document_of_context[per_token]
-        position = rows - self._store.context_offsets[per_token]
-        token = self._store.tokens_at(rows)
-        eligible = (position >= self._min_position) & ~np.isin(token, self._special) & valid.cpu().numpy()
-        return Rows(raw, x, valid, document, self._source[document], position, token, eligible)
+        eligible = read.allowed & valid.cpu().numpy()
+        return Rows(raw, x, valid, read.document, read.source, read.position, read.token, eligible)

@@ -3,7 +3,7 @@
 Tensors carry weights, optimisers, counters, thresholds, the ring and the tables so far; a JSON object in the
 file's header carries the step, the loader's place, the configuration and the store. Being one file, a
 checkpoint is there whole or not at all. Random numbers need no state: they are a function of seed and step
-(`tcsae.train.batches.random_stream`).
+(`tcsae.train.window_reader.random_stream`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,12 @@ from typing import Any, NamedTuple
 NEARLY_ALL = 0.99
 """share of dead features that counts as a collapse when it lasts"""
 
+NEARLY_NONE = 0.1
+"""active features per token below which it is a collapse when it lasts: most tokens have none"""
+
+TERMS = ("fvu", "fit", "sparsity", "auxiliary")
+"""what every step tells of a loss; it is also made of the contrast and the L2 penalty"""
+
 
 class Watched(NamedTuple):
     """What must be known of an SAE to judge its terms."""
@@ -29,13 +35,14 @@ class CollapseWatch:
     watched
         the SAEs by name
     patience
-        steps in a row with nearly all features of a block dead, or without a pair, that are a collapse
+        steps in a row with nearly all features of a block dead, with next to none active, or without a pair, that
+        are a collapse
     """
 
     def __init__(self, watched: Mapping[str, Watched], patience: int) -> None:
         self._watched, self._patience = watched, patience
         self.lasting: dict[str, int] = {}
-        """such steps in a row, by SAE and block or "pairs"; part of the checkpoint"""
+        """such steps in a row, by SAE and block, "active" or "pairs"; part of the checkpoint"""
 
     def problem(self, terms: dict[str, dict[str, Any]], step: int) -> str | None:
         """Which SAE has collapsed after ``step`` steps, why, and the figures that show it; None if none has.
@@ -62,9 +69,12 @@ l0_l 0, dead_l 2 of 8'
     def _reason(self, name: str, found: dict[str, Any]) -> str | None:
         blocks, contrasts = self._watched[name]
         if not math.isfinite(found["loss"]):
-            return "the loss is not finite"
+            terms = [term for term in TERMS if not math.isfinite(found[term])]
+            return f"the loss is not finite ({', '.join(terms or ['contrast or l2_penalty'])})"
         if found["l0"] == 0:
             return "no feature is active (L0 = 0)"
+        if (steps := self._steps(f"{name}/active", found["l0"] < NEARLY_NONE)) >= self._patience:
+            return f"fewer than {NEARLY_NONE} features per token have been active for {steps} steps"
         for block, size in blocks.items():
             features = f"of block {block.upper()} " if len(blocks) > 1 else ""
             if found[f"l0_{block}"] == 0:

@@ -2,7 +2,7 @@
 
 Both only reject; nothing is filled in, so the file that a run writes is what it was given. What depends on
 the length of the run or on the store is checked before the first step, by `tcsae.train.schedule`,
-`ArmConfig.check_sizes` and `tcsae.train.batches`.
+`ArmConfig.check_sizes` and `tcsae.train.window_reader`.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     """steps between two checkpoints"""
     collapse_steps: int = 100
-    """steps with more than 99 % of an SAE's features dead after which the run stops"""
+    """steps with more than 99 % of an SAE's features dead, or with next to none active, after which the run stops"""
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -320,8 +320,8 @@ class TrainConfig:
         for arm in self.arms:
             if self.window % arm.window or self.batch_tokens % self.window:
                 raise ConfigError(
-                    f"{arm.name}: window = {arm.window} must divide the longest window, {self.window}, and "
-                    f"that batch_tokens = {self.batch_tokens}, so that all arms see the same tokens"
+                    f"{arm.name}: window = {arm.window} must divide the longest window, {self.window}, and the "
+                    f"longest must divide batch_tokens = {self.batch_tokens}, so that all arms see the same tokens"
                 )
             if arm.anchors > self.batch_tokens:
                 raise ConfigError(

@@ -97,6 +97,7 @@ def _train(
     with world.together():
         training = Training(store, config, device, world)
     with ExitStack() as held:
+        held.callback(training.loader.close)
         with world.together():
             if world.is_first:
                 held.enter_context(writing(path, store, config, resume=resume))

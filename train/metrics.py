@@ -77,6 +77,10 @@ class Log:
             raise KeyError(f"columns {sorted(line.keys() ^ set(self.schema.names))} are missing or unknown")
         self._lines.append(line)
 
+    def last(self, n: int) -> list[dict[str, Any]]:
+        """The newest ``n`` lines, oldest first."""
+        return self._lines[-n:]
+
     def to_bytes(self) -> bytes:
         """The lines so far as a parquet file."""
         sink = io.BytesIO()

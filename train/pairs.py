@@ -21,6 +21,9 @@ class Pairs(NamedTuple):
     positive: Int64[np.ndarray, " pair"]
 
 
+NO_PAIRS = Pairs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+
 class AskedPairs(NamedTuple):
     """What decides an arm's pairs; arms that ask for the same get the same."""
 

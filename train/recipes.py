@@ -6,6 +6,7 @@ would not be what its name says, such as the ring's size.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -112,7 +113,7 @@ def asked_config(
     Raises
     ------
     ConfigError
-        neither a file nor a recipe, or both, or a setting that is no ``key=value``
+        neither a file nor a recipe, or both, seeds that are no numbers, or a setting that is no ``key=value``
     """
     if bool(names) == (file is not None):
         raise ConfigError(
@@ -122,6 +123,10 @@ def asked_config(
     if tokens is not None:
         pairs["tokens"] = str(tokens)
     if seeds is not None:
+        if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", seeds):
+            raise ConfigError(
+                f"--seeds: expected whole numbers from 0 with commas, such as 0,1,2, got {seeds!r}"
+            )
         pairs["seeds"] = f"[{seeds}]"
     for setting in settings:
         key, equals, value = setting.partition("=")

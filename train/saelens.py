@@ -40,6 +40,9 @@ _METADATA_DEFAULTS: dict[str, Any] = {
     "model_from_pretrained_kwargs": {},
     "exclude_special_tokens": False,
 }
+AGAIN = "copy or export it again"
+"""What to do about a damaged folder."""
+
 _LARGEST_CONFIG = 1 << 20
 """Bytes of cfg.json beyond which it is refused: ours are a few kilobytes."""
 
@@ -110,7 +113,7 @@ def load_sae(folder: str | Path) -> SAE:
     if ours.get("weights_sha256", digest := hashlib.sha256(weights).hexdigest()) != digest:
         raise RunError(
             f"{folder / WEIGHTS_FILE}: its SHA-256 is {digest[:12]}…, {CONFIG_FILE} says "
-            f"{ours['weights_sha256'][:12]}…; the folder is damaged, copy or export it again"
+            f"{ours['weights_sha256'][:12]}…; the folder is damaged, {AGAIN}"
         )
     tensors = _read_weights(folder / WEIGHTS_FILE, weights, config)
     if config.get("apply_b_dec_to_input", True) is False:
@@ -138,9 +141,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise RunError(f"{path}: not JSON ({error})") from error
+        raise RunError(f"{path}: not JSON ({error}); {AGAIN}") from error
     if not isinstance(config, dict):
-        raise RunError(f"{path}: expected a JSON object, got {type(config).__name__}")
+        raise RunError(f"{path}: expected a JSON object, got {type(config).__name__}; {AGAIN}")
     for field, kind in (("architecture", str), ("d_in", int), ("d_sae", int)):
         _check_type(path, field, config.get(field), kind)
     if config["architecture"] not in ARCHITECTURES:
@@ -168,7 +171,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_type(path: Path, field: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise RunError(f"{path}: field {field!r} is {value!r}, expected {kind.__name__}")
+        raise RunError(f"{path}: field {field!r} is {value!r}, expected {kind.__name__}; {AGAIN}")
 
 
 def _read_weights(path: Path, weights: bytes, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -182,10 +185,12 @@ def _read_weights(path: Path, weights: bytes, config: dict[str, Any]) -> dict[st
     if config["architecture"] == "jumprelu":
         expected["threshold"] = (d_sae,)
     if tensors.keys() != expected.keys():
-        raise RunError(f"{path}: tensors {sorted(tensors)}, expected {sorted(expected)}")
+        raise RunError(f"{path}: tensors {sorted(tensors)}, expected {sorted(expected)}; {AGAIN}")
     for field, shape in expected.items():
         if tuple(tensors[field].shape) != shape:
-            raise RunError(f"{path}: {field} has shape {tuple(tensors[field].shape)}, expected {shape}")
+            raise RunError(
+                f"{path}: {field} has shape {tuple(tensors[field].shape)}, expected {shape}; {AGAIN}"
+            )
         if not torch.isfinite(tensors[field]).all():
-            raise RunError(f"{path}: {field} holds NaN or Inf")
+            raise RunError(f"{path}: {field} holds NaN or Inf; its training collapsed, train it again")
     return {field: tensor.float() for field, tensor in tensors.items()}

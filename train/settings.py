@@ -48,13 +48,15 @@ def load_config(path: str | Path) -> TrainConfig:
     RunNotFound
         no such file
     ConfigError
-        not TOML, an unknown field (the nearest are named) or a value that cannot work
+        not a file, not TOML, an unknown field (the nearest are named) or a value that cannot work
     """
     path = Path(path)
     try:
         values = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise RunNotFound(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a TOML file") from error
     except ValueError as error:
         raise ConfigError(f"{path}: not TOML ({error})") from error
     arms = values.pop("arms", [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import time
@@ -12,7 +13,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from tcsae.store.interrupt import Stop
 from tcsae.store.progress import progress
 from tcsae.store.spec import TORCH_DTYPES
 from tcsae.train.arm import Arm, Surroundings
-from tcsae.train.batches import PAIRS, Rows, WindowLoader, random_stream
+from tcsae.train.batches import Rows, WindowLoader
 from tcsae.train.checkpoint import (
     Checkpoint,
     arm_tensors,
@@ -36,8 +36,9 @@ from tcsae.train.checkpoint import (
 from tcsae.train.collapse import CollapseWatch, Watched
 from tcsae.train.config import TrainConfig
 from tcsae.train.median import SAMPLE_TOKENS, geometric_median
+from tcsae.train.memory import check_memory, least_bytes
 from tcsae.train.metrics import MACHINE, MACHINE_FILE, METRICS, METRICS_FILE, Log
-from tcsae.train.pairs import AskedPairs, Pairs, asked_pairs, sample_pairs
+from tcsae.train.pairs import NO_PAIRS, AskedPairs, Pairs, asked_pairs, sample_pairs
 from tcsae.train.plots import plot_training
 from tcsae.train.precision import compiled, dtype_for, float32_linear, linear_for
 from tcsae.train.ring import Ring
@@ -45,8 +46,11 @@ from tcsae.train.run import FIGURE_FILE, SAE_FOLDER, Status, set_status
 from tcsae.train.saelens import save_sae
 from tcsae.train.schedule import check_schedule
 from tcsae.train.temporal import check_data
+from tcsae.train.window_reader import PAIRS, random_stream
 from tcsae.train.world import ALONE, World
 from tcsae.train.writers import Writer
+
+log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 16
 """batches of train tokens over which the final thresholds are a quantile"""
@@ -67,6 +71,8 @@ class Training:
         for arm in config.arms:
             check_schedule(arm, config.steps)
             arm.check_sizes(store.d_model)
+        dtype = TORCH_DTYPES[store.provenance.dtype]
+        check_memory(least_bytes(config, store.d_model, dtype, world.size), device)
         self.loader = WindowLoader(
             store,
             config.hook,
@@ -83,7 +89,7 @@ class Training:
             Arm(arm, seed, store.d_model, device, world) for arm in config.arms for seed in config.seeds
         ]
         self._centre_decoders()
-        self.ring = Ring(config.ring_size, store.d_model, TORCH_DTYPES[store.provenance.dtype], device)
+        self.ring = Ring(config.ring_size, store.d_model, dtype, device)
         widest = max(arm.features(store.d_model) for arm in config.arms)
         linear = linear_for(config.precision, device)
         self.around = Surroundings(
@@ -94,6 +100,8 @@ class Training:
             buffer=torch.empty(config.batch_tokens // world.size * widest, device=device),
             steps=config.steps,
         )
+        self.feeds_ring = self.loader.most_eligible > 0 and any(arm.takes_keys for arm in self.arms)
+        """whether some arm compares with the ring's items; it stays empty otherwise"""
         self.done = 0
         self.metrics, self.machine = Log(METRICS), Log(MACHINE)
         self.writers: list[Writer] = []
@@ -136,18 +144,31 @@ class Training:
                         f"`tcsae train {self.store.url} {folder} --resume`"
                     )
 
+    def _warn(self) -> None:
+        """Say of what has been trained to the end that it is worth nothing: nothing else would."""
+        for line in self.metrics.last(len(self.arms)):
+            if not line["fvu"] < 1:
+                log.warning(
+                    "%s-s%d: explained variance %.3f with %.2f active features per token in the last step, no better "
+                    "than the activations' mean; raise tokens, or lower learning_rate or sparsity_weight",
+                    *(line["arm"], line["seed"], 1 - line["fvu"], line["l0"]),
+                )
+
     def step(self, *, detailed: bool) -> dict[str, dict[str, Any]]:
         """One step of every arm on the same batch; the terms of each by name, logged if ``detailed``."""
         config, step = self.config, self.done
         with self.world.together():
             batch = self.loader.next()
-        terms, drawn = {}, self._pairs(batch, step)
+        if self.feeds_ring:
+            self.loader.begin_ring_rows(step, config.ring_feed)
+        terms, drawn = {}, self._pairs(batch, step, detailed=detailed)
         for arm in self.arms:
-            pairs = drawn[asked_pairs(arm.config)]
+            pairs = drawn.get(asked_pairs(arm.config), NO_PAIRS)
             terms[arm.name] = arm.step(batch, pairs, self.around, step, detailed=detailed)
-        # After the loss: no positive is among the keys of its own step.
-        with self.world.together():
-            self.feed(step, config.ring_feed)
+        if self.feeds_ring:
+            # After the loss: no positive is among the keys of its own step.
+            with self.world.together():
+                self.feed(step, config.ring_feed)
         self.done += 1
         if detailed:
             self._log(terms)
@@ -159,16 +180,8 @@ class Training:
         Fewer enter where more than a third of the positions are outliers or special tokens, none where no
         context reaches ``min_position``.
         """
-        if not self.loader.most_eligible:
-            return
-        rows = self.loader.ring_rows(step, n)
-        eligible = np.flatnonzero(rows.eligible)[:n]
-        device = rows.raw.device
-        document, position, source = (
-            torch.from_numpy(values[eligible]).to(device)
-            for values in (rows.document, rows.position, rows.source)
-        )
-        self.ring.push(rows.raw[torch.from_numpy(eligible).to(device)], document, position, source)
+        if self.loader.most_eligible:
+            self.ring.push(*self.loader.ring_rows(step, n))
 
     def save(self, folder: Path) -> None:
         """Write metrics so far and a checkpoint; of several processes the first does."""
@@ -251,6 +264,7 @@ class Training:
             sae = arm.sae.to_inference(self.loader.scaler, name=arm.name, metadata=self._metadata(arm))
             save_sae(sae, folder / SAE_FOLDER / arm.name)
         plot_training(folder / METRICS_FILE, folder / FIGURE_FILE, self.config)
+        self._warn()
         set_status(folder, self.store, self.config, "finished", self.done)
 
     def _centre_decoders(self) -> None:
@@ -264,14 +278,17 @@ class Training:
     def _valid_rows(self, batch: Rows) -> Tensor:
         return batch.x[batch.valid]
 
-    def _pairs(self, batch: Rows, step: int) -> dict[AskedPairs, Pairs]:
+    def _pairs(self, batch: Rows, step: int, *, detailed: bool = True) -> dict[AskedPairs, Pairs]:
         """Drawn once for all arms that ask for the same; every draw begins with the same stream."""
+        asking = {asked_pairs(arm.config) for arm in self.arms if arm.takes_pairs(detailed=detailed)}
+        if not asking:
+            return {}
         token, document, eligible = (
             self.world.gather(torch.from_numpy(values)).numpy()
             for values in (batch.token, batch.document, batch.eligible)
         )
         drawn = {}
-        for asked in {asked_pairs(arm.config) for arm in self.arms}:
+        for asked in asking:
             stream = random_stream(self.config.data_seed, PAIRS, step)
             drawn[asked] = sample_pairs(token, document, eligible, asked, stream)
         return drawn
@@ -364,7 +381,7 @@ def peak_memory() -> int:
 def timed_steps(training: Training, n: int) -> Iterator[float]:
     """Seconds of each of ``n`` ordinary steps with a full ring, after one to warm up; alters ``training``."""
     ring = training.ring
-    for i in range(-(-ring.size // training.config.ring_feed)):
+    for i in range(-(-ring.size // training.config.ring_feed) if training.feeds_ring else 0):
         training.feed(training.config.steps + i, training.config.ring_feed)
     training.step(detailed=False)
     for _ in range(n):

@@ -26,6 +26,7 @@ from tcsae.evaluate.compare.lines import (
 )
 from tcsae.evaluate.compare.matching import common_l0, reach
 from tcsae.evaluate.compare.registered import MARGINS, REGISTERED, STAND_IN
+from tcsae.evaluate.config import documents_text
 from tcsae.evaluate.estimates import Estimate
 from tcsae.evaluate.plots import PANELS
 from tcsae.store.atomic import exclusive, write_atomically
@@ -274,8 +275,8 @@ def sample_text(conditions: Mapping[str, Any]) -> str:
     >>> sample_text({"n_documents": 85, "split": "test"}), sample_text({"n_documents": 85, "split": None})
     ('85 test documents', '85 rows of given tokens')
     """
-    rows = "rows of given tokens" if conditions["split"] is None else f"{conditions['split']} documents"
-    return f"{conditions['n_documents']} {rows}"
+    n, split = conditions["n_documents"], conditions["split"]
+    return f"{n} rows of given tokens" if split is None else documents_text(n, split)
 
 
 def _not_computed(

@@ -322,6 +322,19 @@ def test_contexts_too_short_for_eight_parts_have_no_position_probe(store_of: Sto
     assert task.reason.startswith("the longest context has 15 tokens")
 
 
+def test_documents_too_short_for_any_probe_are_no_samples_and_every_task_says_why(store_of: StoreOf) -> None:
+    topics: list[str | None] = ["a", "b"] * 50
+    data = data_of(store_of(np.zeros((100 * 4, 2), dtype=np.float32), topics, rows=4))
+    assert {name: type(task) for name, task in data.tasks.items()} == dict.fromkeys(
+        ("topic", "source", "position", "token", "previous_token"), NoTask
+    )
+    topic, token = data.tasks["topic"], data.tasks["token"]
+    assert isinstance(topic, NoTask)
+    assert isinstance(token, NoTask)
+    assert topic.reason.startswith("0 of 0 classes (topic) have 10 documents of the train split")
+    assert token.reason.startswith("0 of 0 classes (token) have 10 documents of the train split")
+
+
 def a_task(train: list[int], test: list[int]) -> Task:
     def side(label: list[int], first: int) -> Side:
         return Side(np.arange(len(label)), np.array(label), np.arange(len(label)) + first)

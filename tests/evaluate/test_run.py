@@ -190,7 +190,7 @@ def test_note_and_caption_name_the_replayed_documents(
     assert replayed < 40
     assert found.conditions["n_replayed_documents"] == replayed
     assert found.conditions["n_outliers_left_out"] == {HOOK: 0}
-    assert f"40 all documents, KL on {replayed} of them;" in captions[0]
+    assert f"40 documents, KL on {replayed} of them;" in captions[0]
     assert "outlier" not in captions[0]
     assert f"spliced in, on {replayed} of them" in " ".join(table(found).split())
 

@@ -80,6 +80,24 @@ def test_a_table_of_one_suite_says_nothing_of_a_replay() -> None:
     assert " ".join(table(evaluation_of(row)).splitlines()[3:]).endswith("All figures: stored activations.")
 
 
+def test_a_probe_that_could_not_be_made_says_why_and_without_any_there_is_no_table() -> None:
+    row = a_row("tc16", 0, 0.5)
+    reason = "undefined, because no topic is named in the store"
+    row.estimates["probe_topic_chance"] = Estimate.count("probe_topic_chance", "1", None, 0, reason)
+    row.estimates["probe_source_chance"] = Estimate(
+        "probe_source_chance", "1", 0.25, None, None, 9, None, None
+    )
+    lines = table(evaluation_of(row)).splitlines()
+    assert lines[-1] == f"Probe of the topic: {reason}"
+    assert any(line.startswith("chance") and line.endswith("0.25") for line in lines)
+    for task in ("source", "position", "token", "previous_token"):
+        name = f"probe_{task}_chance"
+        row.estimates[name] = Estimate.count(name, "1", None, 0, reason)
+    lines = table(evaluation_of(row)).splitlines()
+    assert lines[-1] == f"Probe of the previous token: {reason}"
+    assert not any(line.startswith("chance") for line in lines)
+
+
 def test_what_has_no_column_in_the_table_has_no_table_of_names_alone() -> None:
     row = a_row("tc16", 0, 0.5)
     row.estimates.clear()
@@ -104,6 +122,11 @@ def test_a_long_comparison_is_wrapped_and_no_figure_is_cut() -> None:
 
 def test_what_is_missing_is_a_dash_and_a_column_of_dashes_is_left_out() -> None:
     row = a_row("plain", 0, 0.5)
+    assert "summary.json says why" not in table(evaluation_of(row))
+    name = "autocorrelation_H_lag8"
+    row.estimates[name] = Estimate.count(name, "1", None, 9, "undefined, because nothing fires")
+    lines = table(evaluation_of(row)).splitlines()
+    assert " ".join(lines).endswith("What is undefined is a dash or has no column; summary.json says why.")
     del row.estimates["autocorrelation_H_lag8"]
     other = a_row("other", 1, 0.6)
     assert table(evaluation_of(row, other)).splitlines()[2].endswith("-")

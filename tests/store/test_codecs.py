@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
 import numpy as np
@@ -183,6 +185,27 @@ def test_decoded_chunks_are_kept_and_let_go(make_store, tmp_path, monkeypatch):
         small.rows(start, start + 1)
     assert torch.equal(small.rows(0, 10), first)
     assert torch.equal(small.gather(torch.arange(1499, -1, -1)), store.rows(0, 1500).flip(0))
+
+
+def test_several_threads_read_one_store_though_few_decoded_chunks_are_kept(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("tcsae.store.mapped.DECODED_BYTES", 2 * 50 * 16 * 2)
+    store = make_store(stream(1500, 16), [100] * 15, rows_per_chunk=50)
+    copy_store(store.path, tmp_path / "small", codec="lossless")
+    small, every = ActivationStore.open(tmp_path / "small"), store.rows(0, 1500)
+
+    def read(seed: int) -> bool:
+        draw = np.random.default_rng(seed)
+        asked = [np.sort(draw.integers(1500, size=40)) for _ in range(30)]
+        return all(torch.equal(small.gather(rows), every[rows]) for rows in asked)
+
+    # A switch of threads after nearly every operation: without a lock a chunk goes between the look and the read.
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(read, range(3)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_damage_to_a_compressed_chunk_is_named(make_store, tmp_path):

@@ -1,4 +1,4 @@
-"""Dask clusters are not in each other's way, the loss of one is one line, and sums do not depend on the workers."""
+"""Dask clusters leave each other alone, the loss of one is one line, and what is summed does not depend on them."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def test_more_tasks_than_are_with_the_scheduler_at_once_all_come_back(tmp_path: 
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["worker", "scheduler"])
 def test_the_loss_of_the_last_worker_or_of_the_scheduler_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -90,6 +91,7 @@ def test_the_loss_of_the_last_worker_or_of_the_scheduler_is_one_line(
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_workers_is_named(tmp_path: Path):
     once = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
     with (
@@ -110,12 +112,18 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """
 
+ABSENT_ON_WORKERS = ABSENT.replace("sys.meta_path", 'if "worker" in sys.argv: sys.meta_path')
 
-def test_a_cluster_without_the_package_is_one_line(tmp_path: Path):
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["everywhere", "on the worker alone"])
+def test_a_cluster_without_the_package_is_one_line(tmp_path: Path, where: str):
     script = tmp_path / "absent.py"
-    script.write_text(ABSENT)
+    script.write_text(ABSENT if where == "everywhere" else ABSENT_ON_WORKERS)
+    message = "expected the packages of this machine .* install the same tcsae there"
     with (
         dask_cluster(tmp_path, nanny=False, preload=[script]) as cluster,
-        pytest.raises(ConfigError, match="expected the packages of this machine .* install tcsae there too"),
+        pytest.raises(ConfigError, match=message) as caught,
     ):
         list(map_tasks(TcsaeError, ["x"], scheduler=cluster.address))
+    assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tcsae.store import ActivationStore
-from tcsae.store.errors import ConfigError
+from tcsae.store.errors import ConfigError, StoreCorrupt
 from tcsae.train.batches import Rows, WindowLoader
 
 
@@ -96,6 +96,57 @@ def test_a_restored_loader_goes_on_with_the_next_batch(numbered: ActivationStore
         assert windows([one.next()]) == windows([resumed.next()])
 
 
+def test_what_is_read_ahead_is_not_taken_for_used(numbered: ActivationStore) -> None:
+    one, expected = loader(numbered), loader(numbered)
+    every = [windows([expected.next()]) for _ in range(12)]
+    for i in range(11):
+        assert (one.epoch, one.cursor) == divmod(16 * i, one.windows_per_epoch)
+        assert windows([one.next()]) == every[i]
+        one.begin_ring_rows(i, 32)
+        state = one.state_dict()
+        if i % 3 == 0:  # the batch that was read ahead is another then
+            one.load_state_dict({**state, "epoch": 5, "cursor": 3})
+            one.next()
+            one.load_state_dict(state)
+        resumed = loader(numbered)
+        resumed.load_state_dict(state)
+        assert windows([resumed.next()]) == every[i + 1]
+        for mine, theirs in zip(one.ring_rows(i, 32), expected.ring_rows(i, 32), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_a_batch_stays_as_it_is_while_the_next_is_read(numbered: ActivationStore) -> None:
+    one = loader(numbered)
+    for step in range(6):
+        batch = one.next()
+        raw = batch.raw.clone()
+        one.begin_ring_rows(step, 32)
+        one.ring_rows(step, 32)  # read after the next batch: both are done now
+        assert torch.equal(batch.raw, raw)
+        assert torch.equal(
+            batch.raw, numbered.gather(batch.token.astype(np.int64))
+        )  # a token's id is its row
+
+
+def test_a_damaged_chunk_is_named_at_the_step_that_needs_it(
+    make_store: Callable[..., ActivationStore],
+) -> None:
+    x = torch.randn(1200, 4, generator=torch.Generator().manual_seed(0))
+    store = make_store(x, [60] * 20, dtype="float32", rows_per_chunk=50)
+    one, expected = (loader(store, batch_tokens=16) for _ in range(2))
+    # Rows have their number as token id.
+    needed = [set((expected.next().token // 50).tolist()) for _ in range(20)]
+    first, chunk = next((i, c) for i in range(5, 20) for c in needed[i] - set().union(*needed[:i]))
+    path = store.path / "activations" / store.hooks[0] / "c" / str(chunk) / "0"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    for _ in range(first):
+        one.next()
+    with pytest.raises(StoreCorrupt, match=f"c/{chunk}/0"):
+        one.next()
+
+
 def test_only_train_documents_are_read(numbered: ActivationStore) -> None:
     one, train = loader(numbered), set(numbered.documents_in("train").tolist())
     assert len(train) < numbered.n_documents
@@ -118,8 +169,9 @@ def test_the_ring_gets_tokens_of_contexts_in_proportion_to_their_eligible_positi
     long = short = 0
     for step in range(200):
         rows = one.ring_rows(step, 64)
-        assert rows.eligible.sum() >= 64
-        drawn = of[rows.document[rows.eligible]]
+        assert len(rows.raw) == 64
+        assert (rows.position >= 4).all()
+        drawn = of[rows.document]
         long, short = long + int((drawn == 25).sum()), short + int((drawn == 10).sum())
     train = of[store.documents_in("train")]
     expected = 21 * (train == 25).sum() / (6 * (train == 10).sum())

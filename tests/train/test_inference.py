@@ -65,6 +65,12 @@ def test_any_leading_shape_is_coded_row_by_row(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(f.reshape(-1, 3), torch.stack(rows))
 
 
+@pytest.mark.parametrize("shape", [(3,), (4, 4), (2, 3, 1)], ids=str)
+def test_activations_of_another_width_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"sae: activations of shape \({', '.join(map(str, shape))},?\), "):
+        small("standard").encode(torch.zeros(shape))
+
+
 def test_half_precision_activations_are_computed_in_the_weights_precision() -> None:
     x = torch.tensor([[4.0, 1.0]], dtype=torch.float16)
     assert small("standard").encode(x).dtype == torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -28,8 +29,11 @@ from tcsae.store.errors import (
     TrainingCollapsed,
 )
 from tcsae.train import ArmConfig, Run, TrainConfig, dry_run, load_config, load_sae, train
+from tcsae.train import training as training_module
 from tcsae.train.arm import Arm
-from tcsae.train.batches import Rows
+from tcsae.train.batches import Rows, WindowLoader
+from tcsae.train.collapse import CollapseWatch, Watched
+from tcsae.train.pairs import Pairs
 from tcsae.train.plots import plot_training
 from tcsae.train.precision import Linear, float32_linear
 from tcsae.train.sae.batch_topk import BatchTopK
@@ -148,6 +152,40 @@ def test_positives_are_not_among_the_keys_of_their_own_step(
     assert (training.ring.position[:32] >= 2).all()
 
 
+def test_what_no_arm_looks_at_is_neither_read_nor_drawn(
+    sticky_store: ActivationStore, small_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, drawn = [], []
+    originals = WindowLoader.begin_ring_rows, training_module.sample_pairs
+
+    def begin(self: WindowLoader, step: int, n: int) -> None:
+        read.append(step)
+        originals[0](self, step, n)
+
+    def sample(*given: Any) -> Pairs:
+        drawn.append(given)
+        return originals[1](*given)
+
+    monkeypatch.setattr(WindowLoader, "begin_ring_rows", begin)
+    monkeypatch.setattr(training_module, "sample_pairs", sample)
+    control, contrast = small_config().arms
+
+    def found(*arms: ArmConfig) -> tuple[int, int, int]:
+        """Steps that read for the ring, draws of pairs, and items in the ring after a logged and four other steps."""
+        read.clear()
+        drawn.clear()
+        training = Training(sticky_store, small_config(arms=arms), CPU)
+        for step in range(5):
+            training.step(detailed=step == 0)
+        return len(read), len(drawn), training.ring.filled
+
+    plain = replace(control, block_share=0.0)
+    assert found(plain) == (0, 0, 0)
+    assert found(control) == (5, 1, 5 * 32)  # measures what it does not learn from where that is logged
+    assert found(plain, contrast) == (5, 5, 5 * 32)
+    assert found(replace(contrast, objective="in_batch")) == (0, 5, 0)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Guard rails before the first step
 # ---------------------------------------------------------------------------------------------------------
@@ -175,6 +213,10 @@ REFUSED = [
         },
         "the SAE has 0 of",
     ),
+    (
+        {"ring_size": 10**12},
+        "ring_size: this run needs at least 32,000,000 MB of memory, 32,000,000 MB of them",
+    ),
     ({"min_position": 24}, "tc8: alpha is 0.1, but no context .* two positions from min_position = 24 on"),
 ]
 
@@ -193,6 +235,7 @@ REFUSED = [
         "block L smaller than its k",
         "block H without a feature",
         "no feature at all",
+        "a ring larger than the machine's memory",
         "a contrast without two eligible positions",
     ],
 )
@@ -265,7 +308,7 @@ def _silence_h(arm: Arm) -> None:
 @pytest.mark.parametrize(
     ("change", "dead_after", "message"),
     [
-        (_nan, 640, "tc8-s0 collapsed at step 10: the loss is not finite"),
+        (_nan, 640, r"tc8-s0 collapsed at step 10: the loss is not finite \(fvu, fit\); loss nan, fvu nan"),
         (_silence, 640, r"tc8-s0 collapsed at step 10: no feature is active \(L0 = 0\)"),
         (
             _silence_h,
@@ -299,6 +342,54 @@ def test_a_collapsed_sae_stops_the_run_with_step_and_figures(
     assert "step-00000007.safetensors" in str(caught.value)
     assert "dead_share" in str(caught.value)
     assert Run.open(tmp_path / "run").status == "collapsed"
+
+
+@pytest.mark.parametrize(
+    ("term", "named"),
+    [
+        ("fvu", "fvu"),
+        ("auxiliary", "auxiliary"),
+        ("sparsity", "sparsity"),
+        ("l2_penalty", "contrast or l2_penalty"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_laid_to_its_term(term: str, named: str) -> None:
+    found: dict[str, float] = dict.fromkeys(("fvu", "fit", "sparsity", "auxiliary", "dead_share"), 0.1)
+    found |= {"l0": 1.0, "l0_l": 1.0, "dead_l": 0, "loss": math.inf, term: math.inf}
+    problem = CollapseWatch({"a-s0": Watched({"l": 8}, contrasts=False)}, 3).problem({"a-s0": found}, 4)
+    assert problem is not None
+    assert problem.startswith(f"a-s0 collapsed at step 4: the loss is not finite ({named}); loss inf")
+
+
+def test_next_to_no_active_features_are_a_collapse_when_they_last() -> None:
+    watch = CollapseWatch({"a-s0": Watched({"l": 8}, contrasts=False)}, 3)
+    found = dict.fromkeys(("loss", "fvu", "dead_share"), 0.9) | {"dead_l": 0}
+    problems = [
+        watch.problem({"a-s0": {**found, "l0": l0, "l0_l": l0}}, step)
+        for step, l0 in enumerate([0.05, 0.05, 0.2, 0.05, 0.05, 0.05])
+    ]
+    assert problems[:5] == [None] * 5
+    assert problems[5] is not None
+    assert "at step 5: fewer than 0.1 features per token have been active for 3 steps; " in problems[5]
+
+
+def test_a_run_that_ends_worse_than_the_mean_says_so(
+    sticky_store: ActivationStore,
+    small_config: ConfigFactory,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = small_config(tokens=8 * 128, arm={"warmup_steps": 2, "learning_rate": 5e-3})
+    dense = replace(
+        config.arms[0], name="dense", architecture="standard", sparsity_weight=1e-3, learning_rate=1e-6
+    )
+    run = train(sticky_store, tmp_path / "run", replace(config, arms=(*config.arms, dense)))
+    last = {line["arm"]: line for line in pq.read_table(run.metrics).to_pylist()}
+    assert last["dense"]["fvu"] > 1 > last["tc8"]["fvu"]
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.getMessage().startswith(
+        f"dense-s0: explained variance {1 - last['dense']['fvu']:.3f} with "
+    )
 
 
 def test_a_contrast_that_stays_without_pairs_stops_the_run(
@@ -335,6 +426,17 @@ def test_a_folder_with_something_else_is_left_alone(
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(RunExists, match="already holds something else; choose another path"):
         train(sticky_store, tmp_path, small_config())
+
+
+def test_a_path_that_cannot_be_written_to_is_named(
+    sticky_store: ActivationStore, small_config: ConfigFactory, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    path = tmp_path / "thesis.txt" / "run"
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: cannot be written to \(Not a directory\); choose another"
+    ):
+        train(sticky_store, path, small_config())
 
 
 def test_resuming_nothing_or_something_else_is_refused_by_name(

@@ -12,7 +12,7 @@ from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError
 from tcsae.train import ArmConfig, TrainConfig, load_recipe, load_recipes, recipe_names, train
 from tcsae.train.flop import flop_per_step
-from tcsae.train.recipes import recipe_run
+from tcsae.train.recipes import asked_config, recipe_run
 from tcsae.train.training import Training
 
 SOURCE_RUNS = [f"source-run{i}" for i in range(6)]
@@ -138,3 +138,12 @@ def test_a_recipe_with_its_own_tokens_is_not_trained_beside_one_without() -> Non
     with pytest.raises(ConfigError, match="batchtopk and batchtopk-longer ask for different tokens"):
         load_recipes(["batchtopk", "batchtopk-longer"])
     assert load_recipes(["batchtopk", "batchtopk-longer"], given=["tokens"]).tokens == 700 * 2048
+
+
+@pytest.mark.parametrize("seeds", ["", "a,b", "0,", "0 1", "-1", "0,1.5", "[0]"])
+def test_seeds_that_are_no_numbers_are_refused_by_their_option(seeds: str) -> None:
+    with pytest.raises(
+        ConfigError, match="^--seeds: expected whole numbers from 0 with commas, such as 0,1,2"
+    ):
+        asked_config(["batchtopk"], None, [], None, seeds)
+    assert asked_config(["batchtopk"], None, [], None, "2, 0").seeds == (2, 0)

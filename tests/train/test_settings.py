@@ -119,6 +119,11 @@ def test_a_wrong_file_is_refused_in_one_line(
     assert "c.toml" in str(caught.value)
 
 
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\); expected a TOML file$"):
+        load_config(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

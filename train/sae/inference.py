@@ -151,7 +151,15 @@ class SAE(nn.Module):
         return self.W_enc.dtype
 
     def encode(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows feature"]:
-        """Feature activations of raw activations, in the weights' dtype whatever that of ``x``."""
+        """Feature activations of raw activations, in the weights' dtype whatever that of ``x``.
+
+        Raises `ConfigError` for activations of another width than `d_in`.
+        """
+        if x.shape[-1:] != (self.d_in,):
+            raise ConfigError(
+                f"{self.name}: activations of shape {tuple(x.shape)}, expected [..., {self.d_in}]; is this the "
+                "SAE's model and hook?"
+            )
         rows = x.to(self.dtype).reshape(-1, self.d_in) - self.b_dec
         pre: Tensor = torch.addmm(self.b_enc, rows, self.W_enc).reshape(*x.shape[:-1], self.d_sae)
         if self.threshold is not None:

@@ -1,0 +1,55 @@
+"""Refusing a run that the machine cannot hold, before the system ends its process without a word."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from tcsae.store.errors import ConfigError
+from tcsae.train.config import TrainConfig
+
+
+def least_bytes(config: TrainConfig, d_model: int, dtype: torch.dtype, processes: int = 1) -> dict[str, int]:
+    """What a process of a run holds at least, in bytes, by the setting that decides it.
+
+    ``ring_size``: the ring in the store's ``dtype``. ``batch_tokens``: the batch as stored, twice, and normalised, and
+    the pre-activations of the widest arm. ``expansion``: weights, their gradients and two moments of every SAE.
+
+    4 rows of 2 numbers of 2 bytes; 8 tokens; an SAE of 6 features: 2 matrices of 6 x 2 and biases of 6 and 2.
+
+    >>> from tcsae.train.config import ArmConfig
+    >>> arm = ArmConfig(name="a", expansion=3.0, k=1, block_share=0.0, window=2, anchors=1)
+    >>> least_bytes(TrainConfig(arms=(arm,), batch_tokens=8, ring_size=4, ring_feed=1), 2, torch.float16)
+    {'ring_size': 16, 'batch_tokens': 320, 'expansion': 512}
+    """
+    features = [arm.features(d_model) for arm in config.arms]
+    parameters = sum(2 * n * d_model + n + d_model for n in features) * len(config.seeds)
+    stored = d_model * dtype.itemsize
+    return {
+        "ring_size": config.ring_size * stored,
+        "batch_tokens": config.batch_tokens // processes * (2 * stored + 4 * d_model + 4 * max(features)),
+        "expansion": 16 * parameters,
+    }
+
+
+def check_memory(least: dict[str, int], device: torch.device) -> None:
+    """Refuse what is more than all of the machine's memory, or of the GPU's; see `least_bytes`.
+
+    >>> check_memory({"ring_size": 2**60, "expansion": 2**20}, torch.device("cpu"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    tcsae.store.errors.ConfigError: ring_size: this run needs at least 1,152,921,505 MB of memory, 1,152,921,505 MB of \
+them for this setting, and there are ... MB; lower it
+    """
+    there = (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
+    needed, most = sum(least.values()), max(least, key=least.__getitem__)
+    if needed > there:
+        raise ConfigError(
+            f"{most}: this run needs at least {needed / 1e6:,.0f} MB of memory, {least[most] / 1e6:,.0f} MB of "
+            f"them for this setting, and there are {there / 1e6:,.0f} MB; lower it"
+        )
