@@ -17,25 +17,25 @@ With --store the temporal suite is measured as well (benchmarks/evaluate_tempora
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 
+from tcsae.benchmarks.evaluate_temporal import temporal_part
 from tcsae.evaluate import EvaluateConfig, evaluate, evaluate_subjects
 from tcsae.evaluate.core_replay import Replay
 from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import Origin, find_saes, load_subject
 from tcsae.evaluate.token_rows import TokenRows, read_token_rows
 from tcsae.harvest.model import LanguageModel, load_model
+from tcsae.store import ActivationStore
 from tcsae.train.sae.inference import SAE
 from tcsae.train.saelens import load_sae, save_sae
 
@@ -132,16 +132,6 @@ def copies(run: Path, folder: Path, n: int) -> list[Path]:
     return made
 
 
-def temporal(asked: argparse.Namespace) -> None:
-    """The temporal suite's part, where its script is there."""
-    name = "tcsae.benchmarks.evaluate_temporal"
-    if asked.store is None or importlib.util.find_spec(name) is None:
-        return
-    part: Callable[..., Any] = importlib.import_module(name).temporal_part
-    print()
-    part(asked.run, asked.store, asked.rounds)
-
-
 def main() -> None:
     """Run all parts and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -168,8 +158,9 @@ def main() -> None:
             if "ten" in parts:
                 saes = copies(asked.run, folder / "saes", N_SAES)
                 ten_part(saes, folder / "rows.npy", model, folder / "out", asked.rounds)
-        if "temporal" in parts:
-            temporal(asked)
+        if "temporal" in parts and asked.store is not None:
+            print()
+            temporal_part(ActivationStore.open(asked.store), load_sae(find_saes(asked.run)[0]), asked.rounds)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ python -P benchmarks/harvest.py [--tokens 16384] [--rounds 5] [--threads 1] [--m
 
 Every way reads the same batches of the same text in the same precision on the same number of threads, and runs the
 layers up to the hook and no language-model head. tcsae also picks the rows out, casts them to float16, checks them,
-computes their CRC-32C, writes and syncs them; the other ways throw the activations away. The ways take turns, and the
+computes their CRC-32C, writes and syncs them, and finishes the store, statistics included; the other ways throw the
+activations away. The ways take turns, and the
 medians of the rounds are printed, with the ratio to the bare model. ``--profile`` prints the operators in which one
 more of our harvests, which is not among the rounds, spends its time. ``--processor-time``, for a machine that has other
 work too, counts the seconds that the process has on processors; what fsync waits for is not in them.
@@ -17,7 +18,8 @@ Both go from token ids to a finished folder of float32 activations, with one bat
 runner has no default for it. Loading the model is not timed. What helps SAELens is taken: its contexts are all full,
 the BOS of each, which it stores, counts as a token, its buffer is as large as what is asked for (by default it has 2 GB
 and is filled whatever is asked for), and nothing is shuffled at the end. Its runner takes one hook, so that several
-cost it a run each.
+cost it a run each. "The layers' products alone" multiplies as many rows with the layers' weights, without attention,
+norms or anything else: no way of running the model is faster.
 """
 
 from __future__ import annotations
@@ -130,6 +132,7 @@ def compare(name: str, folder: Path, sizes: Sizes, precision: Precision, *, prof
         shutil.rmtree(config.store, ignore_errors=True)
         with StoreWriter.create(config.store, plan.layout, plan.provenance) as writer:
             _compute_here(config, model, writer, list(range(writer.n_chunks)), lambda _: None)
+            writer.finish()
 
     def passing(activation: torch.Tensor, hook: object) -> torch.Tensor:  # noqa: ARG001  # called by name
         return activation
@@ -315,12 +318,28 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
         model.residuals = residuals  # type: ignore[method-assign]  # for this measurement alone
         return Took(seconds=timed(whole, clock), model=inside[0])
 
+    def products() -> Took:
+        rows = torch.randn(BATCH_TOKENS, model.d_model).to(getattr(torch, precision))
+        d = model.d_model  # Pythia's attention in, attention out, MLP in and MLP out
+        shapes = ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))
+        weights = [torch.randn(shape).to(rows.dtype) for shape in shapes for _ in hooks]
+        inputs = {d: rows, 4 * d: rows.repeat(1, 4)}
+
+        def whole() -> None:
+            for _ in range(n_ours // BATCH_TOKENS):
+                for weight in weights:
+                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+        seconds = timed(whole, clock)
+        return Took(seconds=seconds, model=seconds)
+
     hooked, causal = PEER_HOOKS
     n_theirs, n_ours = n_sequences * context, plan.layout.n_rows
     ways: dict[str, tuple[int, Callable[[], Took]]] = {
         f"SAELens, {hooked}": (n_theirs, lambda: theirs(hooked, PEER_HOOKS[hooked][-1:])),
         f"SAELens, {causal}": (n_theirs, lambda: theirs(causal, PEER_HOOKS[causal][-1:])),
         "tcsae": (n_ours, lambda: ours((last,))),
+        "the layers' products alone": (n_ours // BATCH_TOKENS * BATCH_TOKENS, products),
         "four hooks: SAELens, four runs": (n_theirs, lambda: theirs(causal, PEER_HOOKS[causal])),
         "four hooks: tcsae, one pass": (n_ours, lambda: ours(hooks)),
     }
@@ -337,12 +356,13 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
     print(f"{n_theirs:,} tokens of SAELens ({versions}), {n_ours:,} of ours")
     rates = {way: [n / one.seconds for one in taken[way]] for way, (n, _) in ways.items()}
     for at, (way, (n, _)) in enumerate(ways.items()):
-        found, base = rates[way], rates[f"SAELens, {hooked}" if at < 3 else "four hooks: SAELens, four runs"]
+        found, base = rates[way], rates[f"SAELens, {hooked}" if at < 4 else "four hooks: SAELens, four runs"]
         ratio = statistics.median(r / b for r, b in zip(found, base, strict=True))
-        beside = statistics.median(n / (one.seconds - one.model) for one in taken[way])
+        besides = [one.seconds - one.model for one in taken[way]]
+        apart = n / statistics.median(besides) if any(besides) else None
         print(
             f"  {way:<34} {statistics.median(found):9,.0f} tokens/s   ({min(found):8,.0f} to {max(found):8,.0f})"
-            f"   x {ratio:6.3f}   the model apart {beside:9,.0f} tokens/s"
+            f"   x {ratio:6.3f}" + (f"   the model apart {apart:9,.0f} tokens/s" if apart else "")
         )
 
 

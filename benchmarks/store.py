@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -30,6 +31,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
 from tcsae.store.chunks import chunk_path, map_chunk, map_raw
+from tcsae.store.mapped import RESIDENT_VARIABLE
 from tcsae.store.writer import documents_table
 
 HOOK = "blocks.0.hook_resid_post"
@@ -153,6 +155,9 @@ def reading(folder: Path, n_rows: int, d_model: int, rounds: int) -> None:
     rows.numpy().tofile(folder / "flat.bin")
     flat = np.memmap(folder / "flat.bin", dtype=np.float16, mode="r", shape=(n_rows, d_model))
     store = ActivationStore.open(folder / "store.zarr")
+    os.environ[RESIDENT_VARIABLE] = "1000"
+    unbounded = ActivationStore.open(folder / "store.zarr")
+    del os.environ[RESIDENT_VARIABLE]
     plain = zarr.open_array(str(folder / "store.zarr" / "activations" / HOOK), mode="r")
     contexts = rows[: n_rows // 128 * 128].view(-1, 128, d_model)
     kind = datasets.Features({HOOK: datasets.Array2D(shape=(128, d_model), dtype="float16")})
@@ -185,7 +190,7 @@ def reading(folder: Path, n_rows: int, d_model: int, rounds: int) -> None:
         rounds,
     )
     for length in (16, 64):
-        n_windows = 400
+        n_windows = 4000  # of a store above the bound on resident maps, some are given up meanwhile
         at = np.random.default_rng(0).integers(0, n_rows // 128 - 1, n_windows) * 128
         window = torch.empty(length, d_model, dtype=torch.float16)
 
@@ -194,14 +199,17 @@ def reading(folder: Path, n_rows: int, d_model: int, rounds: int) -> None:
                 chunk, offset = divmod(int(start), CHUNK)
                 np.copyto(window.numpy(), maps[chunk][offset : offset + length])
 
-        def ours(length: int = length, at: np.ndarray = at, window: torch.Tensor = window) -> None:
+        def ours(
+            store: ActivationStore, length: int = length, at: np.ndarray = at, window: torch.Tensor = window
+        ) -> None:
             for start in at:
                 window.copy_(store.rows(int(start), int(start) + length))
 
         few = at[:20]
         rates = {
             "hand-written memory-map loop": (by_hand, n_windows),
-            "tcsae": (ours, n_windows),
+            "tcsae": (partial(ours, store), n_windows),
+            "tcsae, all of it may be resident": (partial(ours, unbounded), n_windows),
             "zarr-python": (lambda length=length, few=few: [plain[s : s + length] for s in few], len(few)),
             "SAELens' path": (lambda few=few: [peer[int(s) // 128][HOOK] for s in few], len(few)),
         }

@@ -52,13 +52,18 @@ def cache_folder() -> Path:
 
 def cache_limit() -> int:
     """Bytes that all caches together may hold: ``$TCSAE_CACHE_GB``, or 50 GB."""
-    given = os.environ.get(LIMIT_VARIABLE)
+    return gigabytes(LIMIT_VARIABLE, DEFAULT_LIMIT)
+
+
+def gigabytes(variable: str, default: int) -> int:
+    """Bytes that the environment's ``variable`` says in gigabytes; raises `ConfigError` for what is none."""
+    given = os.environ.get(variable)
     try:
-        limit = int(float(given) * 10**9) if given else DEFAULT_LIMIT
-    except ValueError:
+        limit = int(float(given) * 10**9) if given else default
+    except (ValueError, OverflowError):
         limit = 0
     if limit <= 0:
-        raise ConfigError(f"{LIMIT_VARIABLE}: expected gigabytes, more than 0, got {given!r}")
+        raise ConfigError(f"{variable}: expected gigabytes, more than 0, got {given!r}")
     return limit
 
 

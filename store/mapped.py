@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tcsae.store.cache import CachedStore, touch
+from tcsae.store.cache import CachedStore, gigabytes, touch
 from tcsae.store.chunks import CHECKSUM_BYTES, Bytes, chunk_path, codec_of, map_chunk, map_raw, read_chunk
 from tcsae.store.errors import StoreCorrupt
 from tcsae.store.index import refuse_link
@@ -30,6 +30,9 @@ MAX_MAPPED_CHUNKS = 4096
 RESIDENT_BYTES = 2**29
 """Resident bytes of a hook's maps at which all of them are given up, unless they are smaller together."""
 
+RESIDENT_VARIABLE = "TCSAE_RESIDENT_GB"
+"""environment variable for another limit than `RESIDENT_BYTES`, in gigabytes (10^9 bytes)"""
+
 LOOK_BYTES = 2**24
 """Bytes that are read between two looks at how much is resident, which cost some ten microseconds each."""
 
@@ -39,6 +42,11 @@ version 6.18 the whole of a large page of its cache, up to 2 MB. So it is counte
 
 DECODED_BYTES = 2**29
 """Decoded chunks of a hook that are kept, in bytes; two at least."""
+
+
+def resident_limit() -> int:
+    """Resident bytes at which a hook's maps are given up: ``$TCSAE_RESIDENT_GB``, or `RESIDENT_BYTES`."""
+    return gigabytes(RESIDENT_VARIABLE, RESIDENT_BYTES)
 
 
 class HookChunks:
@@ -57,6 +65,8 @@ class HookChunks:
     ------
     StoreCorrupt
         the table of checksums is missing or altered, or the codec unknown
+    ConfigError
+        ``$TCSAE_RESIDENT_GB`` is no number of gigabytes
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class HookChunks:
         self._chunk_bytes = provenance.rows_per_chunk * self._row_bytes
         self._most = MAX_MAPPED_CHUNKS if self._is_raw else max(2, DECODED_BYTES // self._chunk_bytes)
         self._verified = np.zeros((n_chunks, 2), dtype=np.int64)  # `_identity` of the file that was verified
+        self._resident_limit = resident_limit()
         self._read_bytes = 0  # since the maps were last given up
         self._looked_at = 0  # what `_read_bytes` was at the last look
         self._others = file_pages() or 0  # what the process has of files when nothing of ours is mapped
@@ -90,9 +101,9 @@ class HookChunks:
         """
         self._read_bytes += n_rows * self._row_bytes + n_pieces * TOUCHED_BYTES
         mapped = len(self._mapped) * self._chunk_bytes
-        if self._is_raw and mapped > RESIDENT_BYTES and self._read_bytes - self._looked_at > LOOK_BYTES:
+        if self._is_raw and mapped > self._resident_limit and self._read_bytes - self._looked_at > LOOK_BYTES:
             self._looked_at = self._read_bytes
-            if self._resident() > RESIDENT_BYTES:
+            if self._resident() > self._resident_limit:
                 self._mapped.clear()
                 self._read_bytes = self._looked_at = 0
                 self._others = file_pages() or 0

@@ -82,6 +82,10 @@ class ActivationStore:
         first asked for and kept on this machine (`tcsae.store.cache`: ``$TCSAE_CACHE``, 50 GB or
         ``$TCSAE_CACHE_GB``).
 
+        Of a hook that is larger than 0.5 GB, maps are given up when so much of them is resident, and faulted in anew:
+        reading takes as much memory from a large store as from a small one, and random windows take twice the time.
+        ``$TCSAE_RESIDENT_GB`` sets another bound.
+
         Raises
         ------
         StoreNotFound
@@ -92,6 +96,8 @@ class ActivationStore:
             a table is missing, altered or does not fit the others; a newer format; a link out of the store
         RemoteError
             a store at a URL cannot be reached
+        ConfigError
+            one of these variables is no number of gigabytes
         """
         if not is_url(path):
             return cls._open(local_path(path), None)

@@ -151,6 +151,23 @@ def test_a_store_larger_than_what_may_be_resident_is_read_all_the_same(few_resid
     assert ten_chunks.gather(np.arange(99, -1, -1))[:, 0].tolist() == list(range(99, -1, -1))
 
 
+def test_the_environment_says_how_much_may_be_resident(few_resident, make_store, monkeypatch):
+    monkeypatch.setenv("TCSAE_RESIDENT_GB", "0.0000004")  # 400 bytes: ten chunks
+    store = make_store(torch.arange(100.0)[:, None].expand(100, 2), [100], rows_per_chunk=10)
+    for start in range(0, 100, 10):
+        store.rows(start, start + 10)
+    assert n_mapped(store) == 10
+
+
+@pytest.mark.parametrize("wrong", ["much", "0", "-1", "nan", "inf"])
+def test_a_bound_that_is_no_number_of_gigabytes_is_refused(ten_chunks, monkeypatch, wrong):
+    monkeypatch.setenv("TCSAE_RESIDENT_GB", wrong)
+    with pytest.raises(
+        ConfigError, match=f"TCSAE_RESIDENT_GB: expected gigabytes, more than 0, got '{wrong}'"
+    ):
+        ActivationStore.open(ten_chunks.path)
+
+
 def test_pages_that_are_resident_count_whatever_was_read_to_bring_them_in(make_store, monkeypatch):
     # Two rows are read of each chunk; file pages that become resident meanwhile are a whole chunk each time.
     resident = iter(range(1000, 100_000, 40))
