@@ -17,8 +17,9 @@ NOT_COMPARED = ("tcsae",)
 """Conditions that may differ: another version of the program with the same version of the results is no other
 measurement."""
 
-FIRST_COMPARED = ("result_version", "store", "model", "model_sha256", "hooks", "split", "n_bootstrap", "seed")
-"""Conditions in the order in which a difference is told; the others follow."""
+FIRST_COMPARED = ("result_version", "model", "model_sha256", "hooks", "store", "split", "n_bootstrap", "seed")
+"""Conditions in the order in which a difference is told: what makes another store is told before the store. The others
+follow."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -43,6 +43,11 @@ def test_fvu_is_one_minus_explained_variance_in_every_resample(folder: WriteFold
     [
         pytest.param({"store": "store-2"}, "store is store-1 there and store-2 here", id="another store"),
         pytest.param({"model": "huge"}, "model is tiny there and huge here", id="another model"),
+        pytest.param(
+            {"model": "huge", "store": "store-2"},
+            "model is tiny there and huge here",
+            id="another model's store",
+        ),
         pytest.param({"model_sha256": "1" * 64}, "model_sha256", id="other weights"),
         pytest.param(
             {"hooks": ["blocks.2.hook_resid_post"]}, "hooks is .*blocks.1.*blocks.2", id="another hook"
