@@ -160,7 +160,7 @@ def report(
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, found in scores.items():
-        control = scores[control_of(arm)]
+        control = found if arm.alpha == 0 else scores[control_of(arm)]
         apart = {
             field: "-"
             if arm.alpha == 0
