@@ -36,11 +36,11 @@ def least_bytes(config: TrainConfig, d_model: int, dtype: torch.dtype, processes
 def check_memory(least: dict[str, int], device: torch.device) -> None:
     """Refuse what is more than all of the machine's memory, or of the GPU's; see `least_bytes`.
 
-    >>> check_memory({"ring_size": 2**60, "expansion": 2**20}, torch.device("cpu"))  # doctest: +ELLIPSIS
+    >>> check_memory({"ring_size": 10**18, "expansion": 10**6}, torch.device("cpu"))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    tcsae.store.errors.ConfigError: ring_size: this run needs at least 1,152,921,505 MB of memory, 1,152,921,505 MB of \
-them for this setting, and there are ... MB; lower it
+    tcsae.store.errors.ConfigError: ring_size: this run needs at least 1,000,000,000,001 MB of memory, \
+1,000,000,000,000 MB of them for this setting, and there are ... MB; lower it
     """
     there = (
         torch.cuda.get_device_properties(device).total_memory

@@ -368,6 +368,8 @@ def test_the_average_forgets_what_a_resampled_feature_was() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+# torch looks at this when it traces the type checks that are there in tests alone.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_run_learns_the_same(
     sticky_store: ActivationStore, small_config: ConfigFactory, tmp_path: Path
 ) -> None:
