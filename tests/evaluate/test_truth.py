@@ -12,6 +12,7 @@ import torch
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.truth import TrueCodes, TruthResult, pair_figures, truth_result
 from tcsae.evaluate.truth_matching import match, purity, recovery
+from tcsae.harvest import HarvestConfig, harvest
 from tcsae.harvest.synthetic import SyntheticSource, truth_of_store
 from tcsae.store import ActivationStore
 from tcsae.train.sae.inference import SAE
@@ -206,8 +207,11 @@ def test_a_pair_that_never_fires_has_no_figure():
     assert np.isnan(pearson).all()
 
 
-def test_one_document_gives_figures_without_an_interval(tmp_path: Path, source):
-    config = HarvestConfig(store=tmp_path / "s.zarr", corpus=CORPUS, context_length=40, max_tokens=60)
+def test_one_document_gives_figures_without_an_interval(
+    tmp_path: Path, store: ActivationStore, source: SyntheticSource
+):
+    corpus = store.provenance.corpus
+    config = HarvestConfig(store=tmp_path / "s.zarr", corpus=corpus, context_length=40, max_tokens=60)
     harvest(replace(config, rows_per_chunk=100))
     one = ActivationStore.open(tmp_path / "s.zarr")
     result = truth_result(oracle(source), HeldOut(one, "synthetic", "all"), truth_of_store(one), **QUICK)
