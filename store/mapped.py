@@ -79,6 +79,7 @@ class HookChunks:
         self._store = store
         self._cached = cached
         self._hook = hook
+        self._path_of_chunk = str(chunk_path(store, hook, 0)).replace("%", "%%")[: -len("0/0")] + "%d/0"
         self._made = provenance
         self._n_rows = n_rows
         self._mapped: OrderedDict[int, Tensor] = OrderedDict()
@@ -146,16 +147,18 @@ class HookChunks:
         its pages count as the process's memory, and the small objects of thousands of maps that come and go keep
         large memory that is freed between them from being used again.
         """
-        path = chunk_path(self._store, self._hook, chunk)
-        if self._is_raw and self._copy_from_file(chunk, path, pieces):
+        if self._is_raw and self._copy_from_file(chunk, pieces):
             return
+        path = chunk_path(self._store, self._hook, chunk)
         with self._lock:
             rows = (self._read(chunk, path) if self._is_raw else self[chunk]).view(torch.uint8).numpy()
         for first, into in pieces:
             into[:] = rows[first : first + len(into)]
 
-    def _copy_from_file(self, chunk: int, path: Path, pieces: Sequence[tuple[int, Bytes]]) -> bool:
+    def _copy_from_file(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> bool:
         """Whether the file is the one that was verified and had every piece."""
+        # A batch of windows reads from hundreds of chunks, and making a `Path` of each costs as much as reading it.
+        path = self._path_of_chunk % chunk
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError:  # which `_read` comes upon as well, and names
@@ -164,7 +167,7 @@ class HookChunks:
             if _identity(os.fstat(file)) != tuple(self._verified[chunk].tolist()):
                 return False
             if self._cached is not None:
-                touch(path)
+                touch(Path(path))
             return all(
                 os.preadv(file, [into.data], first * self._row_bytes) == into.nbytes for first, into in pieces
             )
