@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -201,6 +202,8 @@ def test_ctrl_c_ends_the_workers_and_says_how_to_resume(config: HarvestConfig, t
         text=True,
         start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # What a shell puts in the background inherits a SIGINT that is ignored; a terminal's command does not.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not list(store.glob("activations/*/c/*/0")):
         time.sleep(0.01)
