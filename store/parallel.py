@@ -191,8 +191,8 @@ def _finished(client: Client, running: Iterable[Future], where: str) -> set[Futu
                     seen = time.monotonic()
         if time.monotonic() - seen > WORKER_SECONDS:
             raise WorkersLost(
-                f"{where}: expected at least one living worker, got none for {WORKER_SECONDS} s; if memory ran out, "
-                "use fewer; start some and run again"
+                f"{where}: expected at least one living worker, got none for {WORKER_SECONDS} s; see that they have "
+                "the tcsae of this machine, use fewer if memory ran out, and start some and run again"
             )
 
 

@@ -116,14 +116,26 @@ ABSENT_ON_WORKERS = ABSENT.replace("sys.meta_path", 'if "worker" in sys.argv: sy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["everywhere", "on the worker alone"])
-def test_a_cluster_without_the_package_is_one_line(tmp_path: Path, where: str):
+@pytest.mark.parametrize(
+    ("where", "error", "message"),
+    [
+        ("everywhere", ConfigError, "expected the packages of this machine .* install the same tcsae there"),
+        # it cannot read what the scheduler says to it, and leaves
+        (
+            "on the worker alone",
+            WorkersLost,
+            "got none for 5 s; see that they have the tcsae of this machine",
+        ),
+    ],
+    ids=["everywhere", "on the worker alone"],
+)
+def test_a_cluster_without_the_package_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: type[TcsaeError], message: str
+):
     script = tmp_path / "absent.py"
     script.write_text(ABSENT if where == "everywhere" else ABSENT_ON_WORKERS)
-    message = "expected the packages of this machine .* install the same tcsae there"
-    with (
-        dask_cluster(tmp_path, nanny=False, preload=[script]) as cluster,
-        pytest.raises(ConfigError, match=message) as caught,
-    ):
-        list(map_tasks(TcsaeError, ["x"], scheduler=cluster.address))
+    with dask_cluster(tmp_path, nanny=False, preload=[script]) as cluster:
+        monkeypatch.setattr(parallel, "WORKER_SECONDS", 5)
+        with pytest.raises(error, match=message) as caught:
+            list(map_tasks(TcsaeError, ["x"], scheduler=cluster.address))
     assert "\n" not in str(caught.value)
