@@ -79,7 +79,7 @@ HARVESTS = [
     (["new", "--device", "gpu7"], "device"),
     (["s3://lab/acts.zarr"], "s3://lab/acts.zarr: expected a folder on this machine, got a URL"),
     (["corpus.jsonl"], "corpus.jsonl: exists and is not a store; choose another path"),
-    (["corpus.jsonl/acts.zarr"], "not a directory; see that the path is right"),
+    (["corpus.jsonl/acts.zarr"], "cannot be written to (Not a directory); choose another path"),
     (["notes"], "notes: exists and is not a store; choose another path"),
     (["notes", "--resume"], "notes: exists and is not a store; choose another path"),
     (
