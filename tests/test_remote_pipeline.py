@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -43,7 +44,14 @@ def start(*arguments: str, cwd: Path, cache: Path, limit_gb: str = "1") -> subpr
     command = [sys.executable, "-P", "-m", "tcsae.cli", *arguments]
     environment = os.environ | {"TCSAE_CACHE": str(cache), "TCSAE_CACHE_GB": limit_gb}
     return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell puts in the background inherits a SIGINT that is ignored; a terminal's command does not.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -165,7 +173,7 @@ def test_a_stopped_training_from_a_url_names_it_and_goes_on(from_url, s3):
         assert (from_url / "stopped" / name).read_bytes() == (from_url / "run" / name).read_bytes(), name
 
 
-LARGE = ("--set", "batch_tokens=1000000", "--set", "tokens=2000000")
+LARGE = ("--set", "batch_tokens=100000", "--set", "tokens=1000000", "--set", "warmup_steps=0")
 """a batch larger than the store"""
 
 
