@@ -154,8 +154,8 @@ def _prepared(task: PartTask) -> _Ready:
             f"scheduler: expected workers that see the same files, got one on {socket.gethostname()} that does not "
             f"find {task.shared}; use an evaluation folder and a store that all machines share"
         )
-    # written by `temporal_sums_on_workers` of the evaluation that sent the task, perhaps on a machine with a GPU
-    where = None if torch.cuda.is_available() else "cpu"
+    # written by `temporal_sums_on_workers` of the evaluation that sent the task, perhaps on a machine with other GPUs
+    where = "cuda" if torch.cuda.is_available() else "cpu"
     encoder, thirds = torch.load(task.shared, map_location=where, weights_only=False)
     held_out = HeldOut(ActivationStore.open(task.store), task.hook, task.split)
     units = units_of(held_out, encoder.d_sae)

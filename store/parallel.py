@@ -30,6 +30,15 @@ WORKER_SECONDS = 60
 LOOK_SECONDS = 1
 """how often it is looked whether there are workers still, while none of them has a result"""
 
+_NO_CONNECTION = (
+    "{}: expected it to be there until the end, got no connection any more; start one and run again"
+)
+
+_NO_WORKER = (
+    "{}: expected at least one living worker, got none for {} s; see that they have the tcsae of this machine, use "
+    "fewer if memory ran out, and start some and run again"
+)
+
 UNREADABLE = "deserialization of the task graph"
 """In Dask's message where a scheduler lacks the packages of a task."""
 
@@ -76,6 +85,8 @@ class Pool:
             yield from enumerate(map(function, items))
             return
         # imported here: a single process needs no Dask, and it takes a second to import
+        from concurrent.futures import CancelledError
+
         from dask.distributed import KilledWorker
 
         client = self._client
@@ -92,7 +103,13 @@ class Pool:
             for future in _finished(client, running, self._where):
                 number = running.pop(future)
                 try:
-                    result = future.result()
+                    result = future.result(timeout=WORKER_SECONDS)
+                except TimeoutError as error:
+                    if future.status == "error":  # the function's own
+                        raise
+                    raise WorkersLost(_NO_WORKER.format(self._where, WORKER_SECONDS)) from error
+                except CancelledError as error:
+                    raise WorkersLost(_NO_CONNECTION.format(self._where)) from error
                 except KilledWorker as error:
                     raise WorkersLost(
                         f"{items[number]}: {error.allowed_failures + 1} workers died of it, the last one at "
@@ -182,18 +199,13 @@ def _finished(client: Client, running: Iterable[Future], where: str) -> set[Futu
         try:
             return set(wait(list(running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED").done)
         except CancelledError as error:
-            raise WorkersLost(
-                f"{where}: expected it to be there until the end, got no connection any more; start one and run again"
-            ) from error
+            raise WorkersLost(_NO_CONNECTION.format(where)) from error
         except TimeoutError:
             with suppress(OSError):  # one that is lost cancels what is running
                 if client.nthreads():
                     seen = time.monotonic()
         if time.monotonic() - seen > WORKER_SECONDS:
-            raise WorkersLost(
-                f"{where}: expected at least one living worker, got none for {WORKER_SECONDS} s; see that they have "
-                "the tcsae of this machine, use fewer if memory ran out, and start some and run again"
-            )
+            raise WorkersLost(_NO_WORKER.format(where, WORKER_SECONDS))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from tcsae.store.errors import (
 from tcsae.store.metadata import ROOT, checked_root, read_root, recorded_digests
 from tcsae.store.places import End, LocalEnd, Place
 from tcsae.store.progress import progress
-from tcsae.store.space import folder_bytes, free_bytes, stored_bytes
+from tcsae.store.space import free_bytes, stored_bytes
 from tcsae.store.spec import CHECKSUMS, Provenance
 
 THREADS = 4
@@ -98,8 +99,9 @@ def copy_files(source: Source, target: End, dst: Place, *, resume: bool) -> Move
         _written(target, dst, name, content)
         return len(content), False
 
-    if isinstance(target, LocalEnd):
-        _check_space(target.path, made, len(expected))
+    # What is in the way is said below; what does not fit leaves nothing behind.
+    if isinstance(target, LocalEnd) and (resume or not target.path.exists()):
+        _check_space(target.path, made, list(expected))
     with target.held() as check:
         _begin(target, source, dst, resume=resume)
         done = list(_in_threads(copy, [*table_files(made), *expected], f"copy to {dst}"))
@@ -113,13 +115,16 @@ def copy_files(source: Source, target: End, dst: Place, *, resume: bool) -> Move
     )
 
 
-def _check_space(path: Path, made: Provenance, n_files: int) -> None:
-    """Raise `DiskFull`, with the numbers, unless the chunks that are not there yet fit on the disk."""
-    n_chunks = n_files // len(made.hooks)
-    needed = stored_bytes(made, n_chunks * made.rows_per_chunk) - folder_bytes(path)[0]
+def _check_space(path: Path, made: Provenance, names: list[str]) -> None:
+    """Raise `DiskFull`, with the numbers, unless the chunk files that are not there yet fit on the disk."""
+    there = 0
+    for name in names:
+        with suppress(FileNotFoundError):
+            there += (path / name).stat().st_size
+    needed = stored_bytes(made, len(names) // len(made.hooks) * made.rows_per_chunk) - there
     if needed > free_bytes(path):
         raise DiskFull(
-            f"{path}: expected {needed:,} bytes free for {n_files:,} chunks, got {free_bytes(path):,}; free some "
+            f"{path}: expected {needed:,} bytes free for {len(names):,} chunks, got {free_bytes(path):,}; free some "
             "space, or copy fewer documents or hooks"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from statistics import median
 
@@ -41,6 +42,13 @@ class DryRun:
 def dry_run(store: ActivationStore, config: TrainConfig, *, device: str = "auto") -> DryRun:
     """Check ``config`` against ``store`` and time a few steps; writes nothing. Raises what `train` would."""
     training = Training(store, config, choose_device(device))
+    with closing(training.loader):
+        return _timed(training)
+
+
+def _timed(training: Training) -> DryRun:
+    """The figures of a training that has taken no step yet."""
+    config, store = training.config, training.store
     seconds = median(timed_steps(training, TIMED_STEPS))
     tokens = config.steps * config.batch_tokens
     terms = training.step(detailed=False)

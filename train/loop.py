@@ -70,7 +70,8 @@ def train(
         a loss is not finite, no feature of a block is active, nearly all are dead for ``collapse_steps``
         steps, or a contrast has had no pair for as many
     Interrupted
-        Ctrl-C or SIGTERM; the state is saved. A second Ctrl-C stops at once; the newest checkpoint is named
+        Ctrl-C or SIGTERM; the state is saved. A second Ctrl-C stops as soon as what is being read
+        is there; the newest checkpoint is named
     RunExists, RunNotFound, RunMismatch, RunBusy
         see `tcsae.train.run.writing`
     WorkersLost
