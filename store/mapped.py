@@ -79,7 +79,7 @@ class HookChunks:
         self._store = store
         self._cached = cached
         self._hook = hook
-        self._path_of_chunk = str(chunk_path(store, hook, 0)).replace("%", "%%")[: -len("0/0")] + "%d/0"
+        self._chunk_folders = str(chunk_path(store, hook, 0).parents[1])
         self._made = provenance
         self._n_rows = n_rows
         self._mapped: OrderedDict[int, Tensor] = OrderedDict()
@@ -158,7 +158,7 @@ class HookChunks:
     def _copy_from_file(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> bool:
         """Whether the file is the one that was verified and had every piece."""
         # A batch of windows reads from hundreds of chunks, and making a `Path` of each costs as much as reading it.
-        path = self._path_of_chunk % chunk
+        path = f"{self._chunk_folders}/{chunk}/0"
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError:  # which `_read` comes upon as well, and names
