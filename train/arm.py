@@ -66,11 +66,6 @@ class Arm:
         """Of the SAE's folder: ``<arm>-s<seed>``."""
         return f"{self.config.name}-s{self.seed}"
 
-    @property
-    def takes_keys(self) -> bool:
-        """Whether its temporal term, learnt from or only measured, is against the ring."""
-        return bool(self.sae.block_size) and self.config.objective == "info_nce"
-
     def takes_pairs(self, *, detailed: bool) -> bool:
         """Whether a step has a temporal term: one to learn from, or to measure where all is logged."""
         return bool(self.sae.block_size) and (self.config.alpha > 0 or detailed)

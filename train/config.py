@@ -229,6 +229,10 @@ class ArmConfig:
         """Features of block H for activations of ``d_model`` dimensions; 0 without a block."""
         return int(self.block_share * self.features(d_model))
 
+    def takes_keys(self, d_model: int) -> bool:
+        """Whether the temporal term, learnt from or only measured, is against the ring."""
+        return bool(self.block_size(d_model)) and self.objective == "info_nce"
+
     def prefixes(self, d_model: int) -> tuple[int, ...]:
         """Features of each of matryoshka's prefixes, rising, all features last."""
         n = self.features(d_model)

@@ -89,7 +89,10 @@ class Training:
             Arm(arm, seed, store.d_model, device, world) for arm in config.arms for seed in config.seeds
         ]
         self._centre_decoders()
-        self.ring = Ring(config.ring_size, store.d_model, dtype, device)
+        takes_keys = any(arm.takes_keys(store.d_model) for arm in config.arms)
+        self.feeds_ring = self.loader.most_eligible > 0 and takes_keys
+        """whether some arm compares with the ring's items; it has no slots otherwise"""
+        self.ring = Ring(config.ring_size if self.feeds_ring else 0, store.d_model, dtype, device)
         widest = max(arm.features(store.d_model) for arm in config.arms)
         linear = linear_for(config.precision, device)
         self.around = Surroundings(
@@ -100,8 +103,6 @@ class Training:
             buffer=torch.empty(config.batch_tokens // world.size * widest, device=device),
             steps=config.steps,
         )
-        self.feeds_ring = self.loader.most_eligible > 0 and any(arm.takes_keys for arm in self.arms)
-        """whether some arm compares with the ring's items; it stays empty otherwise"""
         self.done = 0
         self.metrics, self.machine = Log(METRICS), Log(MACHINE)
         self.writers: list[Writer] = []
@@ -232,9 +233,10 @@ class Training:
         if differing:
             raise RunMismatch(f"the checkpoint was made with another {', '.join(differing)}")
         restore_arms(self.arms, saved.tensors)
-        self.ring.load_state_dict(
-            {n.removeprefix("ring/"): t for n, t in saved.tensors.items() if n.startswith("ring/")}
-        )
+        if self.feeds_ring:  # an older version saved one of full size in any case
+            self.ring.load_state_dict(
+                {n.removeprefix("ring/"): t for n, t in saved.tensors.items() if n.startswith("ring/")}
+            )
         self.metrics.restore(as_bytes(saved.tensors["metrics"]))
         self.machine.restore(as_bytes(saved.tensors["machine"]))
         self.loader.load_state_dict(saved.facts["loader"])

@@ -32,10 +32,12 @@ from tcsae.train import ArmConfig, Run, TrainConfig, dry_run, load_config, load_
 from tcsae.train import training as training_module
 from tcsae.train.arm import Arm
 from tcsae.train.batches import Rows, WindowLoader
+from tcsae.train.checkpoint import checkpoints, load_checkpoint
 from tcsae.train.collapse import CollapseWatch, Watched
 from tcsae.train.pairs import Pairs
 from tcsae.train.plots import plot_training
 from tcsae.train.precision import Linear, float32_linear
+from tcsae.train.ring import Ring
 from tcsae.train.sae.batch_topk import BatchTopK
 from tcsae.train.training import Training
 
@@ -180,6 +182,8 @@ def test_what_no_arm_looks_at_is_neither_read_nor_drawn(
         return len(read), len(drawn), training.ring.filled
 
     plain = replace(control, block_share=0.0)
+    in_batch = replace(contrast, objective="in_batch")
+    assert found(in_batch)[::2] == (0, 0)
     assert found(plain) == (0, 0, 0)
     assert found(control) == (5, 1, 5 * 32)  # measures what it does not learn from where that is logged
     assert found(plain, contrast) == (5, 5, 5 * 32)
@@ -255,6 +259,36 @@ def test_a_run_that_cannot_succeed_is_refused_before_anything_is_written(
             refuse()
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_ring_that_no_arm_looks_at_takes_no_memory_however_large(
+    sticky_store: ActivationStore, small_config: ConfigFactory, tmp_path: Path
+) -> None:
+    other = {"objective": "in_batch"}
+    arms = small_config(arm=other).arms
+    run = train(sticky_store, tmp_path / "run", small_config(arms=arms, ring_size=10**12))
+    small = train(sticky_store, tmp_path / "small", small_config(arms=arms))
+    for sae in ("block-s0", "tc8-s0"):
+        weights = Path("sae") / sae / "sae_weights.safetensors"
+        assert (run.path / weights).read_bytes() == (small.path / weights).read_bytes()
+    with pytest.raises(ConfigError, match="ring_size: this run needs"):
+        train(
+            sticky_store,
+            tmp_path / "no",
+            small_config(arms=(*arms[:1], small_config().arms[1]), ring_size=10**12),
+        )
+
+
+def test_a_checkpoint_with_a_ring_that_no_arm_looks_at_is_gone_on_with(
+    sticky_store: ActivationStore, small_config: ConfigFactory, tmp_path: Path
+) -> None:
+    config = small_config(arm={"objective": "in_batch"})
+    begun, going_on = (Training(sticky_store, config, CPU) for _ in range(2))
+    begun.ring = Ring(config.ring_size, 16, torch.float16, CPU)  # as an older version's
+    begun.step(detailed=False)
+    begun.save(tmp_path)
+    going_on.restore(load_checkpoint(checkpoints(tmp_path)[-1]))
+    assert (going_on.done, going_on.ring.size) == (1, 0)
 
 
 def test_the_failure_of_the_source_experiment_is_refused(
