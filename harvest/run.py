@@ -10,27 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tcsae.harvest.batches import run_chunk
 from tcsae.harvest.config import HarvestConfig
-from tcsae.harvest.locate import canonical_name
 from tcsae.harvest.model import LanguageModel, load_model
-from tcsae.harvest.plan import check_space, make_plan, provenance_of
-from tcsae.harvest.synthetic import SyntheticSource, truth_source
+from tcsae.harvest.plan import check_space, make_plan
+from tcsae.harvest.resume import is_begun, model_to_go_on_with, settings_begun_with, source_to_go_on_with
+from tcsae.harvest.synthetic import SyntheticSource
 from tcsae.harvest.synthetic_run import first_document_sha256, synthetic_plan, write_chunks
-from tcsae.harvest.synthetic_run import provenance_of as synthetic_provenance
 from tcsae.harvest.synthetic_settings import is_synthetic, parse_synthetic
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint, release
-from tcsae.store.errors import StoreMismatch
 from tcsae.store.interrupt import interruptible
-from tcsae.store.metadata import FIRST_BATCH, ROOT, read_root
 from tcsae.store.parallel import HERE, Pool, task_pool
-from tcsae.store.planning import refuse_existing
 from tcsae.store.progress import progress
-from tcsae.store.spec import Provenance
-from tcsae.store.truth import read_truth
-from tcsae.store.writer import StoreWriter, refuse_other_settings
+from tcsae.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +80,7 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
     Interrupted
         Ctrl-C or SIGTERM; finished chunks stay
     """
-    begun = (config.store / ROOT).exists()
-    if not (begun and config.resume):
-        refuse_existing(config.store)  # now, not once the corpus is read
+    begun = is_begun(config)  # refused now, not once the corpus is read
     with interruptible(
         f"{config.store}: interrupted; finished chunks are kept, run the same command with --resume to go on"
     ):
@@ -111,24 +101,11 @@ def _begin_synthetic(config: HarvestConfig) -> HarvestSummary:
 
 
 def _resume_synthetic(config: HarvestConfig) -> HarvestSummary:
-    stored = Provenance.from_dict(read_root(config.store), str(config.store / ROOT))
-    asked = synthetic_provenance(config, parse_synthetic(config.corpus), stored.corpus_sha256)
-    if stored.truth is not None and asked.truth is not None:
-        # named one by one here: the two objects in a line would hide what differs
-        begun, now = stored.truth["parameters"], asked.truth["parameters"]
-        if differing := [
-            f"{k}: begun with {begun.get(k)!r}, now {v!r}" for k, v in now.items() if begun.get(k) != v
-        ]:
-            raise StoreMismatch(
-                f"{config.store}: begun with other parameters: {'; '.join(differing)}; resume with the first ones or "
-                "choose another path"
-            )
-    with StoreWriter.resume(config.store, asked) as writer:
+    stored = settings_begun_with(config)
+    with StoreWriter.resume(config.store, stored) as writer:
         missing = writer.missing()
         if missing:
-            source = truth_source(config.store, stored, read_truth(config.store, stored))
-            _check_rounding(config, "numpy", first_document_sha256(source))
-            check_space(config.store, stored, len(missing))
+            source = source_to_go_on_with(config, stored, len(missing))
             return _compute(writer, missing, _drawing(source), {}, HERE)
         return _nothing_missing(config, writer)
 
@@ -163,46 +140,16 @@ def _begin(config: HarvestConfig) -> HarvestSummary:
 
 
 def _resume(config: HarvestConfig) -> HarvestSummary:
-    # The plan, tokens included, is in the store: the corpus is not read again, and the model is loaded only
-    # if there is something for it to do.
-    stored = Provenance.from_dict(read_root(config.store), str(config.store / ROOT))
-    asked = replace(
-        stored,
-        model=canonical_name(config.model),
-        hooks=config.hooks,
-        context_length=config.context_length,
-        dtype=config.dtype,
-        precision=config.precision,
-        rows_per_chunk=config.rows_per_chunk,
-        corpus=config.corpus,
-        max_tokens=config.max_tokens,
-    )
-    with StoreWriter.resume(config.store, asked) as writer:
+    stored = settings_begun_with(config)
+    with StoreWriter.resume(config.store, stored) as writer:
         missing = writer.missing()
         if not missing:
             return _nothing_missing(config, writer)
-        model = load_model(config.model, precision=config.precision, device=config.device)
-        refuse_other_settings(config.store, stored, provenance_of(config, model, stored.corpus_sha256))
-        check_space(config.store, stored, len(missing))
-        first = fingerprint(config, model, writer.layout)
-        _check_rounding(config, model.device, first)
+        model, first = model_to_go_on_with(config, stored, writer.layout, len(missing))
         with _pool(config) as pool:
             compute = _way(config, model, first, pool)
             del model
             return _compute(writer, missing, compute, {}, pool)
-
-
-def _check_rounding(config: HarvestConfig, computed_by: object, first: str) -> None:
-    """Raise `StoreMismatch` if the chunks that are there were computed with other last bits than here."""
-    begun = read_root(config.store).get(FIRST_BATCH, first)  # a store from before it was kept has none
-    if begun != first:
-        raise StoreMismatch(
-            f"{config.store}: begun on a machine that rounds differently: the first batch's activations have "
-            f"SHA-256 {begun[:12]}… there and {first[:12]}… here ({computed_by}, "
-            f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}), so the store would be "
-            "of two kinds; resume on a machine of the first kind with the same OMP_NUM_THREADS, or delete the store "
-            "and harvest again"
-        )
 
 
 Compute = Callable[[StoreWriter, list[int], Callable[[int], Any]], None]

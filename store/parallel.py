@@ -104,12 +104,14 @@ class Pool:
                 number = running.pop(future)
                 try:
                     result = future.result(timeout=WORKER_SECONDS)
-                except TimeoutError as error:
+                except (OSError, CancelledError) as error:
                     if future.status == "error":  # the function's own
                         raise
-                    raise WorkersLost(_NO_WORKER.format(self._where, WORKER_SECONDS)) from error
-                except CancelledError as error:
-                    raise WorkersLost(_NO_CONNECTION.format(self._where)) from error
+                    raise WorkersLost(
+                        _NO_WORKER.format(self._where, WORKER_SECONDS)
+                        if isinstance(error, TimeoutError)
+                        else _NO_CONNECTION.format(self._where)
+                    ) from error
                 except KilledWorker as error:
                     raise WorkersLost(
                         f"{items[number]}: {error.allowed_failures + 1} workers died of it, the last one at "
@@ -160,6 +162,8 @@ def task_pool(
     where = "workers" if scheduler is None else f"scheduler {scheduler}"
     connect = _cluster(workers) if scheduler is None else _connection(scheduler, release)
     with _quiet_dask(), connect as client:
+        # what waited within Dask for a result that is given up ends with an error that nobody asks for
+        client.loop.asyncio_loop.set_exception_handler(lambda *_: None)
         yield Pool(client, where)
 
 
