@@ -28,7 +28,7 @@ from tcsae.store.spec import CHECKSUMS, TORCH_DTYPES, Provenance
 MAX_MAPPED_CHUNKS = 4096
 """Chunks of a hook that stay mapped at once; Linux allows a process about 65,000 maps in all."""
 
-RESIDENT_BYTES = 2**29
+RESIDENT_BYTES = 10**9
 """Resident bytes of a hook's maps at which all of them are given up, unless they are smaller together."""
 
 RESIDENT_VARIABLE = "TCSAE_RESIDENT_GB"
@@ -129,11 +129,9 @@ class HookChunks:
             if chunk in self._mapped:
                 self._mapped.move_to_end(chunk)
                 return self._mapped[chunk]
-            path = chunk_path(self._store, self._hook, chunk)
-            if self._is_raw and _identity_at(path) == tuple(self._verified[chunk].tolist()):
-                rows = self._map(chunk, path)
-            else:
-                rows = self._read(chunk, path)
+            rows = self._map_again(chunk) if self._is_raw else None
+            if rows is None:
+                rows = self._read(chunk, chunk_path(self._store, self._hook, chunk))
             rows = rows[: self._n_rows - chunk * self._made.rows_per_chunk]
             self._mapped[chunk] = rows
             if len(self._mapped) > self._most:
@@ -157,8 +155,7 @@ class HookChunks:
 
     def _copy_from_file(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> bool:
         """Whether the file is the one that was verified and had every piece."""
-        # A batch of windows reads from hundreds of chunks, and making a `Path` of each costs as much as reading it.
-        path = f"{self._chunk_folders}/{chunk}/0"
+        path = self._quick_path(chunk)
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError:  # which `_read` comes upon as well, and names
@@ -174,14 +171,21 @@ class HookChunks:
         finally:
             os.close(file)
 
-    def _map(self, chunk: int, path: Path) -> Tensor:
-        """Rows of a chunk that was verified before, and read again if it has just been removed to make room."""
+    def _quick_path(self, chunk: int) -> str:
+        """As text: random windows come upon hundreds of chunks, and a `Path` costs as much as the reading."""
+        return f"{self._chunk_folders}/{chunk}/0"
+
+    def _map_again(self, chunk: int) -> Tensor | None:
+        """Rows of a raw chunk whose file is the one that was verified, padding included; None if it is not."""
+        path = self._quick_path(chunk)
+        if _identity_at(path) != tuple(self._verified[chunk].tolist()):
+            return None
         try:
             rows = map_chunk(path, self._made)
-        except StoreCorrupt:
-            return self._read(chunk, path)
+        except StoreCorrupt:  # removed since, to make room: `_read` fetches it again, or says what is wrong
+            return None
         if self._cached is not None:
-            touch(path)
+            touch(Path(path))
         return rows
 
     def _read(self, chunk: int, path: Path) -> Tensor:
@@ -221,9 +225,9 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def _identity_at(path: Path) -> tuple[int, int]:
+def _identity_at(path: Path | str) -> tuple[int, int]:
     """`_identity` of the file at ``path``; (-1, -1) if there is none."""
     try:
-        return _identity(path.stat())
+        return _identity(os.stat(path))  # noqa: PTH116 -- making a `Path` takes longer
     except FileNotFoundError:
         return -1, -1

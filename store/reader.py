@@ -82,8 +82,8 @@ class ActivationStore:
         first asked for and kept on this machine (`tcsae.store.cache`: ``$TCSAE_CACHE``, 50 GB or
         ``$TCSAE_CACHE_GB``).
 
-        Of a hook that is larger than 0.5 GB, maps are given up when so much of them is resident, and faulted in anew:
-        reading takes as much memory from a large store as from a small one, and random windows take twice the time.
+        Of a hook that is larger than 1 GB, maps are given up when so much of them is resident, and faulted in anew:
+        reading takes no more memory from a store of 10 GB than from one of 1 GB, but more time.
         ``$TCSAE_RESIDENT_GB`` sets another bound.
 
         Raises
