@@ -19,7 +19,9 @@ runner has no default for it. Loading the model is not timed. What helps SAELens
 the BOS of each, which it stores, counts as a token, its buffer is as large as what is asked for (by default it has 2 GB
 and is filled whatever is asked for), and nothing is shuffled at the end. Its runner takes one hook, so that several
 cost it a run each. "The layers' products alone" multiplies as many rows with the layers' weights, without attention,
-norms or anything else: no way of running the model is faster.
+norms or anything else: no way of running the model is faster. In the rows "from text" both begin with the same
+documents: the runner as it comes, which tokenises them, puts BOS before each sequence and shuffles at the end (its
+buffer is still no larger than what is asked for), and ours with the reading, hashing and tokenising of its plan.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -202,7 +204,13 @@ class SaelensRunner:
     """The peer's process, with its models loaded. RuntimeError says why where it does not start or stops."""
 
     def __init__(
-        self, python: str, folder: Path, ids: npt.NDArray[np.int64], sizes: Sizes, precision: Precision
+        self,
+        python: str,
+        folder: Path,
+        ids: npt.NDArray[np.int64],
+        text: Path,
+        sizes: Sizes,
+        precision: Precision,
     ) -> None:
         home = folder / "peer"
         save_neox(home / "EleutherAI" / "pythia-70m", n_layers=6, d_model=512, n_heads=8)
@@ -210,6 +218,7 @@ class SaelensRunner:
         asked = {
             "home": str(home),
             "tokens": str(home / "tokens.npy"),
+            "text": str(text),
             "hooks": PEER_HOOKS,
             "batch_size": BATCH_TOKENS // sizes.context_length,
             "threads": torch.get_num_threads(),
@@ -231,10 +240,10 @@ class SaelensRunner:
             raise RuntimeError(str(error)) from error
         self.versions: dict[str, str] = self._answer()["ready"]
 
-    def run(self, kind: str, hook: str) -> Took:
+    def run(self, kind: str, hook: str, way: Literal["tokens", "text"]) -> Took:
         """Harvest one hook, which is all that its runner can."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([kind, hook]) + "\n")
+        self._process.stdin.write(json.dumps([kind, hook, way]) + "\n")
         return Took(**self._answer())
 
     def stop(self) -> None:
@@ -276,13 +285,14 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
     tokens, rounds, context, clock = sizes
     hooks = tuple(PEER_HOOKS["HookedTransformer"])
     last = hooks[-1]
+    corpus = long_documents(folder, tokens)
     with quiet():
         files = save_neox(folder / "model", n_layers=6, d_model=512, n_heads=8)
         model = load_model(str(files), precision=precision)
         config = HarvestConfig(
             store=folder / "store.zarr",
             model=model.name,
-            corpus=str(long_documents(folder, tokens)),
+            corpus=str(corpus),
             hooks=hooks,
             context_length=context,
             dtype="float32",
@@ -292,15 +302,16 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
     batch = BATCH_TOKENS // context
     n_sequences = plan.layout.n_rows // (context - 1) // batch * batch
     text = np.asarray(plan.layout.tokens[: n_sequences * (context - 1)]).reshape(n_sequences, -1)
-    peer = SaelensRunner(python, folder, np.insert(text, 0, model.bos_token_id, axis=1), sizes, precision)
+    with_bos = np.insert(text, 0, model.bos_token_id, axis=1)
+    peer = SaelensRunner(python, folder, with_bos, corpus, sizes, precision)
 
-    def theirs(kind: str, hooks: Sequence[str]) -> Took:
-        runs = [peer.run(kind, hook) for hook in hooks]
+    def theirs(kind: str, hooks: Sequence[str], way: Literal["tokens", "text"] = "tokens") -> Took:
+        runs = [peer.run(kind, hook, way) for hook in hooks]
         return Took(seconds=sum(one.seconds for one in runs), model=sum(one.model for one in runs))
 
-    def ours(hooks: tuple[str, ...]) -> Took:
+    def ours(hooks: tuple[str, ...], *, from_text: bool = False) -> Took:
         shutil.rmtree(config.store, ignore_errors=True)
-        asked, provenance = replace(config, hooks=hooks), replace(plan.provenance, hooks=hooks)
+        asked = replace(config, hooks=hooks)
         inside = [0.0]
 
         def residuals(*args: Any) -> Any:
@@ -310,7 +321,9 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
             return found
 
         def whole() -> None:
-            with StoreWriter.create(config.store, plan.layout, provenance) as writer:
+            made = make_plan(asked, model) if from_text else plan
+            provenance = replace(made.provenance, hooks=hooks)
+            with StoreWriter.create(config.store, made.layout, provenance) as writer:
                 _compute_here(asked, model, writer, list(range(writer.n_chunks)), lambda _: None)
                 writer.finish()
 
@@ -335,33 +348,45 @@ def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Pre
 
     hooked, causal = PEER_HOOKS
     n_theirs, n_ours = n_sequences * context, plan.layout.n_rows
-    ways: dict[str, tuple[int, Callable[[], Took]]] = {
-        f"SAELens, {hooked}": (n_theirs, lambda: theirs(hooked, PEER_HOOKS[hooked][-1:])),
-        f"SAELens, {causal}": (n_theirs, lambda: theirs(causal, PEER_HOOKS[causal][-1:])),
-        "tcsae": (n_ours, lambda: ours((last,))),
-        "the layers' products alone": (n_ours // BATCH_TOKENS * BATCH_TOKENS, products),
-        "four hooks: SAELens, four runs": (n_theirs, lambda: theirs(causal, PEER_HOOKS[causal])),
-        "four hooks: tcsae, one pass": (n_ours, lambda: ours(hooks)),
+    one, four, of_text = (
+        f"SAELens, {hooked}",
+        "four hooks: SAELens, four runs",
+        f"from text: SAELens, {hooked}",
+    )
+    ways: dict[str, tuple[int, str, Callable[[], Took]]] = {  # with what each is compared
+        one: (n_theirs, one, lambda: theirs(hooked, PEER_HOOKS[hooked][-1:])),
+        f"SAELens, {causal}": (n_theirs, one, lambda: theirs(causal, PEER_HOOKS[causal][-1:])),
+        "tcsae": (n_ours, one, lambda: ours((last,))),
+        "the layers' products alone": (n_ours // BATCH_TOKENS * BATCH_TOKENS, one, products),
+        four: (n_theirs, four, lambda: theirs(causal, PEER_HOOKS[causal])),
+        "four hooks: tcsae, one pass": (n_ours, four, lambda: ours(hooks)),
+        of_text: (n_theirs, of_text, lambda: theirs(hooked, PEER_HOOKS[hooked][-1:], "text")),
+        f"from text: SAELens, {causal}": (
+            n_theirs,
+            of_text,
+            lambda: theirs(causal, PEER_HOOKS[causal][-1:], "text"),
+        ),
+        "from text: tcsae": (n_ours, of_text, lambda: ours((last,), from_text=True)),
     }
-    for _, work in ways.values():
+    for *_, work in ways.values():
         work()
     taken: dict[str, list[Took]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for way, (_, work) in ways.items():
+        for way, (*_, work) in ways.items():
             taken[way].append(work())
     peer.stop()
     versions = ", ".join(f"{name} {version}" for name, version in peer.versions.items())
     threads = f"{torch.get_num_threads()} threads{_by(clock)}"
     print(f"\n{SHAPE}, {last}, {precision} model, float32 stored, context {context}, {threads}, ", end="")
     print(f"{n_theirs:,} tokens of SAELens ({versions}), {n_ours:,} of ours")
-    rates = {way: [n / one.seconds for one in taken[way]] for way, (n, _) in ways.items()}
-    for at, (way, (n, _)) in enumerate(ways.items()):
-        found, base = rates[way], rates[f"SAELens, {hooked}" if at < 4 else "four hooks: SAELens, four runs"]
+    rates = {way: [n / one.seconds for one in taken[way]] for way, (n, *_) in ways.items()}
+    for way, (n, beside, _) in ways.items():
+        found, base = rates[way], rates[beside]
         ratio = statistics.median(r / b for r, b in zip(found, base, strict=True))
         besides = [one.seconds - one.model for one in taken[way]]
         apart = n / statistics.median(besides) if any(besides) else None
         print(
-            f"  {way:<34} {statistics.median(found):9,.0f} tokens/s   ({min(found):8,.0f} to {max(found):8,.0f})"
+            f"  {way:<40} {statistics.median(found):9,.0f} tokens/s   ({min(found):8,.0f} to {max(found):8,.0f})"
             f"   x {ratio:6.3f}" + (f"   the model apart {apart:9,.0f} tokens/s" if apart else "")
         )
 
