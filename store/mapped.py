@@ -150,7 +150,7 @@ class HookChunks:
         path = chunk_path(self._store, self._hook, chunk)
         with self._lock:
             rows = self._read(chunk, path) if self._is_raw else self[chunk]
-        content = memoryview(rows.view(torch.uint8).numpy().reshape(-1))
+        content = rows.view(torch.uint8).numpy().reshape(-1).data
         for first, into in pieces:
             into[:] = content[first : first + len(into)]
 

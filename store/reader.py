@@ -225,7 +225,7 @@ class ActivationStore:
         chunk_of, first = np.divmod(wanted[begin], size)
         order = np.argsort(chunk_of, kind="stable")
         row_bytes = self.d_model * out.itemsize
-        into = memoryview(out.view(torch.uint8).numpy().reshape(-1))  # whose slices cost least
+        into = out.view(torch.uint8).numpy().reshape(-1).data  # a memoryview, whose slices cost least
         runs = zip(
             chunk_of[order].tolist(),
             (first[order] * row_bytes).tolist(),
