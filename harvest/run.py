@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tcsae.harvest.synthetic_run import first_document_sha256, synthetic_plan, w
 from tcsae.harvest.synthetic_settings import is_synthetic, parse_synthetic
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint, release
 from tcsae.store.interrupt import interruptible
-from tcsae.store.parallel import HERE, Pool, task_pool
+from tcsae.store.parallel import HERE, Pool, check_scheduler, task_pool
 from tcsae.store.progress import progress
 from tcsae.store.writer import StoreWriter
 
@@ -118,7 +120,7 @@ def _nothing_missing(config: HarvestConfig, writer: StoreWriter) -> HarvestSumma
     if writer.complete:
         log.info("%s: is complete, nothing to do", config.store)
     else:
-        with _pool(config) as pool:
+        with _pool(config, _new_run()) as pool:
             writer.finish(pool)
     return _summary(writer, 0, 0, 0.0, {})
 
@@ -129,12 +131,14 @@ def _begin(config: HarvestConfig) -> HarvestSummary:
     n_chunks = -(-plan.layout.n_rows // config.rows_per_chunk)
     check_space(config.store, plan.provenance, n_chunks)
     first = fingerprint(config, model, plan.layout)
-    skipped = dict(plan.skips.counts)
+    skipped, run = dict(plan.skips.counts), _new_run()
+    if config.scheduler is not None:
+        check_scheduler(config.scheduler)  # before anything is written
     with (
-        _pool(config) as pool,
         StoreWriter.create(config.store, plan.layout, plan.provenance, first_batch_sha256=first) as writer,
+        _pool(config, run) as pool,  # left first: no worker writes any more when another may hold the lock
     ):
-        compute = _way(config, model, first, pool)
+        compute = _way(config, model, first, run, pool)
         del model  # with workers, which have their own, nothing holds it any more
         return _compute(writer, writer.missing(), compute, skipped, pool)
 
@@ -146,8 +150,9 @@ def _resume(config: HarvestConfig) -> HarvestSummary:
         if not missing:
             return _nothing_missing(config, writer)
         model, first = model_to_go_on_with(config, stored, writer.layout, len(missing))
-        with _pool(config) as pool:
-            compute = _way(config, model, first, pool)
+        run = _new_run()
+        with _pool(config, run) as pool:
+            compute = _way(config, model, first, run, pool)
             del model
             return _compute(writer, missing, compute, {}, pool)
 
@@ -156,16 +161,23 @@ Compute = Callable[[StoreWriter, list[int], Callable[[int], Any]], None]
 """Computes and writes chunks of a store, and says after each step how many rows are done."""
 
 
-def _pool(config: HarvestConfig) -> AbstractContextManager[Pool]:
+def _new_run() -> str:
+    """A name for what workers keep, which no other call has."""
+    return uuid.uuid4().hex
+
+
+def _pool(config: HarvestConfig, run: str) -> AbstractContextManager[Pool]:
     """Where chunks are computed and then summed up."""
-    return task_pool(workers=config.workers, scheduler=config.scheduler, release=release)
+    return task_pool(workers=config.workers, scheduler=config.scheduler, release=partial(release, run))
 
 
-def _way(config: HarvestConfig, model: LanguageModel, first: str, pool: Pool) -> Compute:
+def _way(config: HarvestConfig, model: LanguageModel, first: str, run: str, pool: Pool) -> Compute:
     """How chunks are computed: in this process with its model, or by workers, which load it themselves."""
     if pool is HERE:
         return lambda writer, missing, on_rows: _compute_here(config, model, writer, missing, on_rows)
-    return lambda writer, missing, on_rows: _compute_on_workers(config, first, writer, missing, on_rows, pool)
+    return lambda writer, missing, on_rows: _compute_on_workers(
+        config, first, run, writer, missing, on_rows, pool
+    )
 
 
 def _compute_here(
@@ -194,13 +206,14 @@ def _compute_here(
 def _compute_on_workers(
     config: HarvestConfig,
     expected: str,
+    run: str,
     writer: StoreWriter,
     missing: list[int],
     on_rows: Callable[[int], Any],
     pool: Pool,
 ) -> None:
     there = replace(config, store=config.store.absolute())
-    tasks = [ChunkTask(there, writer.provenance, expected, chunk) for chunk in missing]
+    tasks = [ChunkTask(run, there, writer.provenance, expected, chunk) for chunk in missing]
     for task, _ in pool.map(compute_chunk, tasks):
         start, stop = writer.rows_of(task.chunk)
         on_rows(stop - start)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tcsae.store.cache import CachedStore, gigabytes, touch
-from tcsae.store.chunks import CHECKSUM_BYTES, Bytes, chunk_path, codec_of, map_chunk, map_raw, read_chunk
+from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path, codec_of, map_chunk, map_raw, read_chunk
 from tcsae.store.errors import StoreCorrupt
 from tcsae.store.index import refuse_link
 from tcsae.store.spec import CHECKSUMS, TORCH_DTYPES, Provenance
@@ -138,8 +138,8 @@ class HookChunks:
                 self._mapped.popitem(last=False)
             return rows
 
-    def copy(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> None:
-        """Fill the bytes of each piece, [row, byte], from a row of the chunk on; raises what `__getitem__` does.
+    def copy(self, chunk: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each piece from a byte of the chunk's rows on; raises what `__getitem__` does.
 
         Nothing of a raw chunk is mapped for it, but when the chunk is verified: a map costs a fault for every piece,
         its pages count as the process's memory, and the small objects of thousands of maps that come and go keep
@@ -149,11 +149,12 @@ class HookChunks:
             return
         path = chunk_path(self._store, self._hook, chunk)
         with self._lock:
-            rows = (self._read(chunk, path) if self._is_raw else self[chunk]).view(torch.uint8).numpy()
+            rows = self._read(chunk, path) if self._is_raw else self[chunk]
+        content = rows.view(torch.uint8).numpy().reshape(-1).data
         for first, into in pieces:
-            into[:] = rows[first : first + len(into)]
+            into[:] = content[first : first + len(into)]
 
-    def _copy_from_file(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> bool:
+    def _copy_from_file(self, chunk: int, pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """Whether the file is the one that was verified and had every piece."""
         path = self._quick_path(chunk)
         try:
@@ -165,9 +166,7 @@ class HookChunks:
                 return False
             if self._cached is not None:
                 touch(Path(path))
-            return all(
-                os.preadv(file, [into.data], first * self._row_bytes) == into.nbytes for first, into in pieces
-            )
+            return all(os.preadv(file, [into], first) == len(into) for first, into in pieces)
         finally:
             os.close(file)
 

@@ -147,7 +147,8 @@ def task_pool(
         takes precedence over ``workers``
     release
         called at the end in each worker of a scheduler, to drop what a function keeps in memory from one
-        call to the next; workers on this machine end anyway
+        call to the next; workers on this machine end anyway. Tasks may still run then: it must not wait for them,
+        since a worker answers nobody meanwhile
 
     Raises
     ------
@@ -261,8 +262,9 @@ def _connection(scheduler: str, release: Callable[[], None] | None) -> Iterator[
             yield client
         finally:
             if release is not None and client.status == "running":
-                with suppress(OSError):  # a scheduler that has just gone
-                    client.run(release, on_error="ignore")
+                with suppress(OSError):  # a scheduler that has just gone, or a worker that does not answer
+                    # what `Client.run` does, which waits for an answer for ever
+                    client.sync(client._run, release, on_error="ignore", callback_timeout=ANSWER_SECONDS)
 
 
 def dask_setup(worker: object) -> None:  # noqa: ARG001  # Dask names the function and gives it the worker

@@ -229,5 +229,7 @@ class WindowReader:
         document = self._store.document_of_context[per_token]
         position = rows - self._store.context_offsets[per_token]
         token = self._store.tokens_at(rows)
-        allowed = (position >= self._min_position) & ~np.isin(token, self._special)
+        allowed = position >= self._min_position
+        for special in self._special:  # a handful: `np.isin` sorts
+            allowed &= token != special
         return ReadRows(raw, document, self._source[document], position, token, allowed)
