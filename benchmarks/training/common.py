@@ -164,3 +164,17 @@ def alternate(cases: Mapping[str, Case], rounds: int) -> dict[str, list[float]]:
 def ratio(upper: list[float], lower: list[float]) -> float:
     """Median of the rounds' own ratios."""
     return statistics.median(a / b for a, b in zip(upper, lower, strict=True))
+
+
+def median_with_interval(values: list[float]) -> tuple[float, float, float]:
+    """Median and the order statistics that it lies between in 95 % of samples: lower, median, upper.
+
+    How many values are below the true median is a count of heads, whose deviation is half the root of their number.
+    """
+    ranked, reach = sorted(values), round(1.96 * len(values) ** 0.5 / 2)
+    middle = len(ranked) // 2
+    return (
+        ranked[max(middle - reach, 0)],
+        statistics.median(ranked),
+        ranked[min(middle + reach, len(ranked) - 1)],
+    )

@@ -18,6 +18,7 @@ from tcsae.benchmarks.training.common import (
     arms,
     loaded,
     loading,
+    median_with_interval,
     ratio,
     seconds_of,
     stepping,
@@ -117,13 +118,11 @@ def cost_of_loading(store: ActivationStore, options: argparse.Namespace, precisi
             "has it": stepping(loaded(training(store, options.batch, arm, precision=precision))),
         }
         taken = alternate(cases, PAIRS)
-        more = sorted(a / b - 1 for a, b in zip(taken["loads"], taken["has it"], strict=True))
-        # order statistics between which the median is in 95 % of samples: a count of heads has deviation sqrt(n) / 2
-        reach = round(1.96 * PAIRS**0.5 / 2)
-        low, high = more[PAIRS // 2 - reach], more[PAIRS // 2 + reach]
+        more = [a / b - 1 for a, b in zip(taken["loads"], taken["has it"], strict=True)]
+        low, middle, high = median_with_interval(more)
         print(
-            f"  loading makes a step of {name} {statistics.median(more):+.1%} [{low:+.1%}, {high:+.1%}] longer than "
-            f"with its data in memory (bar: 2 %; median of {PAIRS} pairs of steps and its 95 % interval)"
+            f"  loading makes a step of {name} {middle:+.1%} [{low:+.1%}, {high:+.1%}] longer than with its data in "
+            f"memory (bar: 2 %; median of {PAIRS} pairs of steps and its 95 % interval)"
         )
 
 
@@ -188,10 +187,11 @@ def side_by_side(store: ActivationStore, options: argparse.Namespace) -> None:
     some = list(arms(options).values())[:3]
     runs = {arm.name: stepping(training(store, options.batch, arm, precision="auto")) for arm in some}
     runs["all in one pass"] = stepping(training(store, options.batch, *some, precision="auto"))
-    taken = alternate(runs, max(2, options.rounds // 2))
+    taken = alternate(runs, 4 * options.rounds)
     together = taken.pop("all in one pass")
     alone = [sum(values) for values in zip(*taken.values(), strict=True)]
+    low, middle, high = median_with_interval([a / b for a, b in zip(together, alone, strict=True)])
     print(
-        f"\narms in one pass, {', '.join(taken)}: {1e3 * statistics.median(together):.0f} ms, "
-        f"{ratio(together, alone):.3f} of the sum of their steps alone (bar: 1)"
+        f"\narms in one pass, {', '.join(taken)}: {1e3 * statistics.median(together):.0f} ms, {middle:.3f} "
+        f"[{low:.3f}, {high:.3f}] of the sum of their steps alone (bar: 1; {len(together)} rounds, 95 % interval)"
     )
