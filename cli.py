@@ -9,25 +9,63 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
-
-import typer
 
 # Before torch is loaded: spinning threads halve the speed when another process takes part of a core
 # (docs/decisions/004).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from tcsae.store.errors import ConfigError, Interrupted, ModelNotFound, StoreCorrupt, TcsaeError
-from tcsae.store.readable import json_of, lines_of
-from tcsae.store.remote import folder_here
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from tcsae.store import ActivationStore
+
+NOTHING_BEGUN = "interrupted before anything was begun"
+
+
+@contextmanager
+def _leaving_on_interrupt() -> Iterator[None]:
+    """End the process in one line at a Ctrl-C within the block.
+
+    For imports: raised inside one, the exception would be a long traceback, or get lost where a library
+    catches it and goes on without a part of itself.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    # who has the signal ignored, as nohup does, has it ignored here too
+    is_ours = in_main and before is signal.default_int_handler
+    if is_ours:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    if _is_first():
+        os.write(2, f"tcsae: {NOTHING_BEGUN}\n".encode())
+    os._exit(130)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+with _leaving_on_interrupt():
+    import typer
+
+    from tcsae.store.errors import ConfigError, Interrupted, ModelNotFound, StoreCorrupt, TcsaeError
+    from tcsae.store.readable import json_of, lines_of
+    from tcsae.store.remote import folder_here
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,7 +108,7 @@ def main() -> None:
             raise
         _end(line, 1)
     except KeyboardInterrupt:
-        _end("interrupted before anything was begun", 130)
+        _end(NOTHING_BEGUN, 130)
 
 
 def _line_of(error: OSError) -> str | None:
@@ -83,10 +121,6 @@ def _line_of(error: OSError) -> str | None:
     return (
         f"{name}: {error.strerror.lower()}; see that the path is right and that you may read and write there"
     )
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _end(message: str, status: int) -> NoReturn:
@@ -134,9 +168,10 @@ def harvest(
     as_json: JsonOption = False,
 ) -> None:
     """Run a language model over documents once and store its activations in token order."""
-    from tcsae.harvest import HarvestConfig
-    from tcsae.harvest import dry_run as plan
-    from tcsae.harvest import harvest as run
+    with _leaving_on_interrupt():
+        from tcsae.harvest import HarvestConfig
+        from tcsae.harvest import dry_run as plan
+        from tcsae.harvest import harvest as run
 
     config = HarvestConfig(
         store=store,
@@ -188,13 +223,14 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train SAEs on a store, all arms and seeds side by side in one pass over it."""
-    from tcsae.store import ActivationStore
-    from tcsae.train import dry_run as plan
-    from tcsae.train import plot_run
-    from tcsae.train import train as fit
-    from tcsae.train.recipes import asked_config
-    from tcsae.train.run import own_config
-    from tcsae.train.writers import check_writers
+    with _leaving_on_interrupt():
+        from tcsae.store import ActivationStore
+        from tcsae.train import dry_run as plan
+        from tcsae.train import plot_run
+        from tcsae.train import train as fit
+        from tcsae.train.recipes import asked_config
+        from tcsae.train.run import own_config
+        from tcsae.train.writers import check_writers
 
     if plot:
         _print(plot_run(run), as_json)
@@ -221,7 +257,8 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write SAEs as folders that peers load, away from the run."""
-    from tcsae.train.export import export as write
+    with _leaving_on_interrupt():
+        from tcsae.train.export import export as write
 
     _print(write(sae, folder, form), as_json)
 
@@ -229,8 +266,9 @@ def export(
 @app.command(epilog="Example: tcsae recipes tc16")
 def recipes(name: Annotated[str | None, typer.Argument(help="One recipe, in full.")] = None) -> None:
     """List the named arms that train takes, or print one of them as TOML."""
-    from tcsae.train.recipes import load_recipe, load_recipes, recipe_names
-    from tcsae.train.settings import to_toml
+    with _leaving_on_interrupt():
+        from tcsae.train.recipes import load_recipe, load_recipes, recipe_names
+        from tcsae.train.settings import to_toml
 
     if name is not None:
         typer.echo(to_toml(load_recipes([name])).rstrip())
@@ -295,8 +333,9 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Replay the model with SAEs spliced in; reconstruction, sparsity, KL and temporal consistency."""
-    from tcsae.evaluate import EvaluateConfig, table
-    from tcsae.evaluate import evaluate as measure
+    with _leaving_on_interrupt():
+        from tcsae.evaluate import EvaluateConfig, table
+        from tcsae.evaluate import evaluate as measure
 
     result = measure(
         EvaluateConfig(
@@ -346,8 +385,9 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare evaluated SAEs over seeds and documents at equal L0; tables, figures and a report, nothing measured."""
-    from tcsae.evaluate import compare as hold_against
-    from tcsae.evaluate.compare.terminal import terminal
+    with _leaving_on_interrupt():
+        from tcsae.evaluate import compare as hold_against
+        from tcsae.evaluate.compare.terminal import terminal
 
     found = hold_against(out, report, l0=l0, primary=primary)
     typer.echo((report / "compare.json").read_text().rstrip() if as_json else terminal(found))
@@ -449,7 +489,8 @@ def card(
 
 def _decoder(store: ActivationStore) -> Callable[[list[int]], str] | None:
     """Token ids to text by the tokenizer of the store's model, if that is on this machine."""
-    from tcsae.harvest.decode import local_decoder
+    with _leaving_on_interrupt():
+        from tcsae.harvest.decode import local_decoder
 
     made = store.provenance
     if made.truth is not None:
@@ -483,14 +524,15 @@ def demo(
     import tomllib
     from importlib.resources import files
 
-    from tcsae.evaluate import EvaluateConfig, table
-    from tcsae.evaluate import evaluate as measure
-    from tcsae.harvest import HarvestConfig
-    from tcsae.harvest import harvest as run_model
-    from tcsae.store import ActivationStore
-    from tcsae.train import train as fit
-    from tcsae.train.recipes import asked_config
-    from tcsae.train.run import RUN_FILE
+    with _leaving_on_interrupt():
+        from tcsae.evaluate import EvaluateConfig, table
+        from tcsae.evaluate import evaluate as measure
+        from tcsae.harvest import HarvestConfig
+        from tcsae.harvest import harvest as run_model
+        from tcsae.store import ActivationStore
+        from tcsae.train import train as fit
+        from tcsae.train.recipes import asked_config
+        from tcsae.train.run import RUN_FILE
 
     settings = tomllib.loads((files("tcsae.data") / "demo.toml").read_text("utf-8"))
     store, run, results = folder / "store.zarr", folder / "run", folder / "results"

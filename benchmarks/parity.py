@@ -4,7 +4,8 @@ python -P benchmarks/parity.py --peers-python PYTHON [--smollm2 SAE_FOLDER] [--r
 
 PYTHON is that of an environment where sae-bench 0.6.0 is installed. The model has Pythia-70m's shape and vocabulary and
 random weights; its SAEs are a ReLU, a TopK and a JumpReLU with random directions about the mean activation. With
---smollm2 an SAE of SmolLM2-135M is compared as well, on rows of real text. Printed as Markdown.
+--smollm2 an SAE of SmolLM2-135M is compared as well, on rows of real text. Then every figure is computed once more from
+the activations that SAEBench saw, which tells rounding in the model from another definition. Printed as Markdown.
 
 A deviation is relative to SAEBench's figure; of ce_loss_score, which may be near 0, it is absolute. A featurewise one
 is relative to SAEBench's figure or to a hundredth of the largest of its column, where that is more.
@@ -23,18 +24,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 
+from tcsae.benchmarks.parity_inputs import CONTEXT, random_rows, random_saes, text_rows
+from tcsae.benchmarks.rounding import (
+    Activations,
+    Thresholds,
+    body_from_activations,
+    double_activations,
+    hold_activations,
+    hold_firings,
+    our_activations,
+)
 from tcsae.evaluate import EvaluateConfig, evaluate
+from tcsae.evaluate.token_rows import read_token_rows
 from tcsae.harvest.locate import locate
-from tcsae.harvest.model import LanguageModel, load_model
-from tcsae.tests.fixtures import save_neox, write_corpus
-from tcsae.train.sae.inference import SAE
+from tcsae.harvest.model import load_model
+from tcsae.tests.fixtures import save_neox
 from tcsae.train.saelens import load_sae, save_sae
 
 PEER = Path(__file__).parent / "peers" / "saebench_core.py"
 BATCH_SIZE = 16
-CONTEXT = 128
 HOOK = "blocks.3.hook_resid_post"
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-3
@@ -69,6 +78,17 @@ class Firings(NamedTuple):
     """tokens that are counted"""
 
 
+class Handed(NamedTuple):
+    """One SAE on the activations that SAEBench saw."""
+
+    thresholds: Thresholds
+    """firings there against those on our activations"""
+    deviations: list[Deviation]
+    """of our figures from SAEBench's, both of those activations"""
+    firings: Firings
+    """the counts behind feature_density"""
+
+
 class Compared(NamedTuple):
     """Some SAEs here and in SAEBench."""
 
@@ -76,41 +96,16 @@ class Compared(NamedTuple):
     """by SAE"""
     firings: dict[str, Firings]
     """by SAE"""
+    activations: Activations
+    """ours against SAEBench's"""
+    handed: dict[str, Handed]
+    """by SAE"""
     versions: dict[str, str]
     """of SAEBench and what it computes with"""
 
 
-def random_saes(
-    model: LanguageModel, hook: str, rows: Int64[np.ndarray, "row position"], d_sae: int
-) -> list[SAE]:
-    """A ReLU, a TopK and a JumpReLU SAE about the mean of the model's activations."""
-    ids = torch.from_numpy(rows)
-    x = model.residuals(ids, [hook])[hook][:, 1:].flatten(0, 1)
-    draw = torch.Generator().manual_seed(0)
-    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, x.shape[1], generator=draw), dim=1)
-    W_enc = W_dec.T + 0.02 * torch.randn(W_dec.T.shape, generator=draw)
-    pre = (x - x.mean(dim=0)) @ W_enc
-    spread = pre.std().item()
-    # biases of both signs: some features are dead, some dense
-    bias = spread * (torch.randn(d_sae, generator=draw) - 2)
-    metadata = {
-        "model_name": model.name,
-        "hook_name": hook,
-        "prepend_bos": True,
-        "context_size": rows.shape[1],
-    }
-    common: dict[str, Any] = {"W_enc": W_enc, "W_dec": W_dec, "b_dec": x.mean(dim=0), "metadata": metadata}
-    threshold = spread * (1 + torch.rand(d_sae, generator=draw))
-    return [
-        SAE(architecture="standard", name="relu", b_enc=bias, **common),
-        SAE(architecture="topk", name="topk", b_enc=torch.zeros(d_sae), k=min(32, d_sae // 4), **common),
-        SAE(architecture="jumprelu", name="jumprelu", b_enc=0.1 * bias, threshold=threshold, **common),
-    ]
-
-
-def firings_that_differ(ours: dict[str, Any], theirs: dict[str, Any]) -> Firings:
+def firings_that_differ(ours: dict[str, Any], theirs: dict[str, Any], n_kept: int) -> Firings:
     """Where rounding puts an activation on the other side of a threshold, or ties of a top-k, a count differs."""
-    n_kept = ours["eval_result_unstructured"]["tcsae"]["replay"]["n_kept"]
     mine = np.array([one["feature_density"] for one in ours["eval_result_details"]])
     differ = np.rint(np.abs(mine - np.array(theirs["features"]["feature_density"])) * n_kept)
     return Firings(int((differ > 0).sum()), int(differ.max()), n_kept)
@@ -147,19 +142,37 @@ def compare(
         "batch_size": BATCH_SIZE,
         "threads": torch.get_num_threads(),
         "out": str(out / "saebench.json"),
+        "seen": str(out / "seen"),
     }
+    (out / "seen").mkdir(exist_ok=True)
     if not (reuses and (out / "saebench.json").is_file()):
         command = [python, "-P", str(PEER), json.dumps(asked)]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise RuntimeError("SAEBench failed: " + "\n".join(ran.stderr.splitlines()[-15:]))
     theirs = json.loads((out / "saebench.json").read_text())
-    found, firings = {}, {}
+    language_model = load_model(str(model), device="cpu")
+    batches = read_token_rows(rows).batches(BATCH_SIZE, language_model.special_token_ids)
+    keep = torch.cat([batch.keep for batch in batches])
+    hook = load_sae(folders[0]).metadata["hook_name"]
+    mine = our_activations(language_model, hook, batches)[keep]
+    double = double_activations(locate(str(model)).folder, hook, batches)[keep]
+    found, firings, handed = {}, {}, {}
     for folder, row in zip(folders, ours.rows, strict=True):
         body = json.loads((out / "core" / f"{row.sae}.json").read_text())
-        found[row.sae] = deviations(body, theirs["saes"][folder.name])
-        firings[row.sae] = firings_that_differ(body, theirs["saes"][folder.name])
-    return Compared(found, firings, theirs["versions"])
+        other = theirs["saes"][folder.name]
+        found[row.sae] = deviations(body, other)
+        firings[row.sae] = firings_that_differ(body, other, int(keep.sum()))
+        seen = torch.from_numpy(np.load(out / "seen" / f"{folder.name}.npy"))
+        sae = load_sae(folder)
+        body = body_from_activations(language_model, hook, sae, batches, seen)
+        handed[row.sae] = Handed(
+            hold_firings(sae, mine, seen[keep], double),
+            deviations(body, other),
+            firings_that_differ(body, other, int(keep.sum())),
+        )
+        activations = hold_activations(mine, seen[keep], double)
+    return Compared(found, firings, activations, handed, theirs["versions"])
 
 
 def deviations(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Deviation]:
@@ -203,41 +216,53 @@ def report(title: str, compared: Compared) -> None:
             size = "none to compare" if one.size is None else f"{one.size:.1e}"
             cells += [value, f"{size}{f' ({one.n_beyond} beyond)' if one.n_beyond else ''}"]
         print(f"| {first.field} | " + " | ".join(cells) + " |")
-    everything = [one for columns in found.values() for one in columns]
-    finite = [one for one in everything if one.size is not None]
-    scalars = [one for one in finite if one.theirs is not None]
-    worst = max(scalars, key=lambda one: one.size or 0.0)
-    print(
-        f"\n{len(scalars)} single figures compared, {sum(one.n_beyond for one in scalars)} beyond the bar; the largest "
-        f"deviation is {worst.size:.1e} ({worst.field}); {sum(one.size is None for one in everything)} not finite in "
-        f"SAEBench. {sum(one.n_compared for one in finite if one.theirs is None):,} featurewise ones, "
-        f"{sum(one.n_beyond for one in finite if one.theirs is None)} beyond the bar."
-    )
+    print(f"\n{in_words([one for columns in found.values() for one in columns])}")
     for name, firings in compared.firings.items():
         print(
             f"{name}: {firings.n_features} of the counts behind feature_density differ, by at most {firings.most} of "
             f"{firings.n_kept:,} tokens."
         )
+    report_rounding(compared)
 
 
-def random_rows(model: LanguageModel, n_rows: int) -> Int64[np.ndarray, "row position"]:
-    """Rows of random tokens, BOS in front, a special token inside every fourth."""
-    rows = np.random.default_rng(0).integers(10, 50_000, size=(n_rows, CONTEXT))
-    assert model.bos_token_id is not None
-    rows[:, 0] = model.bos_token_id
-    rows[::4, CONTEXT // 2] = model.special_token_ids[0]
-    return rows
+def in_words(everything: Sequence[Deviation]) -> str:
+    """How many figures were compared, how many are beyond the bar, and the largest deviation."""
+    finite = [one for one in everything if one.size is not None]
+    scalars = [one for one in finite if one.theirs is not None]
+    worst = max(scalars, key=lambda one: one.size or 0.0)
+    return (
+        f"{len(scalars)} single figures compared, {sum(one.n_beyond for one in scalars)} beyond the bar; the largest "
+        f"deviation is {worst.size:.1e} ({worst.field}); {sum(one.size is None for one in everything)} not finite in "
+        f"SAEBench. {sum(one.n_compared for one in finite if one.theirs is None):,} featurewise ones, "
+        f"{sum(one.n_beyond for one in finite if one.theirs is None)} beyond the bar."
+    )
 
 
-def text_rows(model: LanguageModel, n_rows: int, folder: Path) -> Int64[np.ndarray, "row position"]:
-    """Rows of real text: documents one after the other, BOS in front of each row."""
-    write_corpus(folder / "corpus.jsonl", n_documents=400)
-    lines = (folder / "corpus.jsonl").read_text("utf-8").splitlines()
-    tokens: list[int] = []
-    for line in lines:
-        tokens += model.tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
-    cut = np.array(tokens[: n_rows * (CONTEXT - 1)]).reshape(n_rows, CONTEXT - 1)
-    return np.concatenate([np.full((n_rows, 1), model.bos_token_id), cut], axis=1)
+def report_rounding(compared: Compared) -> None:
+    """What the activations' last bits do, and what is left without them."""
+    x = compared.activations
+    print(
+        f"\n{x.n_differ:,} of the {x.n_values:,} activations differ from those that SAEBench saw in TransformerLens, "
+        f"by at most {x.largest:.1e} of a token's norm. From a float64 pass of the same weights ours are "
+        f"{x.ours_from_double:.2e} away and SAEBench's {x.theirs_from_double:.2e} (root mean square; that of the "
+        f"activations is {x.size:.3g}).\n"
+    )
+    print(
+        "| SAE | firings | differ | largest distance of these from the threshold | largest shift of a pre-activation "
+        "| differ from float64: ours | SAEBench's | on SAEBench's activations: counts that differ |"
+    )
+    print("|---|" + "---:|" * 7)
+    for name, handed in compared.handed.items():
+        one = handed.thresholds
+        margin = f"{one.margin:.1e}" if one.n_differ else "-"
+        print(
+            f"| {name} | {one.n_firings:,} | {one.n_differ} | {margin} | {one.shift:.1e} | {one.ours_from_double} | "
+            f"{one.theirs_from_double} | {handed.firings.n_features} |"
+        )
+    print(
+        "\nOur figures of the activations that SAEBench saw: "
+        + in_words([one for handed in compared.handed.values() for one in handed.deviations])
+    )
 
 
 def main() -> None:

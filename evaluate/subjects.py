@@ -157,7 +157,7 @@ def subject(sae: SAE, origin: ActivationStore | Origin, *, where: str) -> Subjec
         settings=ours.get("recipe") or {},
         where=where,
         hook=_matching_hook(sae, origin if isinstance(origin, Origin) else Origin.of_store(origin), where),
-        digest=_digest(sae),
+        digest=digest_of(sae),
     )
 
 
@@ -228,7 +228,7 @@ def _same_model(one: str, other: str) -> bool:
     return bool(called(one) & called(other))
 
 
-def _digest(sae: SAE) -> str:
+def digest_of(sae: SAE) -> str:
     """SHA-256 over everything that changes a figure: weights, non-linearity, block."""
     digest = hashlib.sha256(repr((sae.architecture, sae.k, sae.block_size)).encode())
     for name, weight in sorted(sae.state_dict().items()):

@@ -22,7 +22,6 @@ from torch import Tensor
 from tcsae.evaluate.config import EvaluatedSplit
 from tcsae.evaluate.heldout import HeldOut, Indices
 from tcsae.evaluate.information import Thirds
-from tcsae.evaluate.temporal_codes import LAGS
 from tcsae.evaluate.temporal_encoders import Encoder
 from tcsae.evaluate.temporal_pass import (
     Advance,
@@ -30,6 +29,7 @@ from tcsae.evaluate.temporal_pass import (
     calibrated,
     codes_of,
     is_short,
+    nothing_counted,
     parts_of_text,
     units_of,
     untold,
@@ -138,7 +138,7 @@ def count_part(task: PartTask) -> PartSums:
     run = str(task.shared)
     with _kept.of(run, partial(_prepared, task)) as ready:
         encoder, held_out = ready.encoder, ready.held_out
-        sums = TemporalSums.zeros(int(ready.units.max()) + 1, encoder.d_sae, LAGS)
+        sums = nothing_counted(held_out, ready.units, encoder.d_sae)
         blocks = (held_out.block(contexts) for contexts in _until_over(run, ready.parts[task.number]))
         codes = (codes_of(encoder, block) for block in blocks)
         accumulate(sums, codes, ready.thirds, ready.units, encoder.block_size, [task.seed, task.number])
@@ -194,8 +194,7 @@ def temporal_sums_on_workers(
     thirds, _ = calibrated(encoder, held_out, untold if is_short(held_out) else advance)
     parts = parts_of_text(held_out)
     units = units_of(held_out, encoder.d_sae)
-    n_units = int(units.max()) + 1
-    total = TemporalSums.zeros(n_units, encoder.d_sae, LAGS)
+    total = nothing_counted(held_out, units, encoder.d_sae)
     url = held_out.store.url
     store = url if is_url(url) else str(Path(url).absolute())
     with _shared(folder, encoder, thirds) as shared:
@@ -212,7 +211,7 @@ def temporal_sums_on_workers(
             for task, result in found:
                 waiting[task.number] = result
                 while following in waiting:
-                    total.add(waiting.pop(following).unpacked(n_units, total.cells))
+                    total.add(waiting.pop(following).unpacked(total.n_units, total.cells))
                     following += 1
                 advance(int(sum(held_out.length[contexts].sum() for contexts in parts[task.number])))
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -122,6 +123,34 @@ def test_a_mistake_is_one_line_and_exit_1(store, tmp_path, arguments, message):
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("typer", ["recipes"]), ("scipy", ["evaluate", "run", "out", "--store", "nowhere.zarr"])],
+    ids=["imports of every command", "imports of one command"],
+)
+def test_ctrl_c_during_an_import_is_one_line_even_where_a_library_would_swallow_it(
+    tmp_path, module, arguments
+):
+    package = tmp_path / "first" / module
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "except BaseException:\n"
+        "    pass\n"
+    )
+    command = [sys.executable, "-P", "-m", "tcsae.cli", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "first")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "tcsae: interrupted before anything was begun\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
 
 
 def test_wrong_usage_is_exit_2(tmp_path):

@@ -20,24 +20,26 @@ def least_bytes(config: TrainConfig, d_model: int, dtype: torch.dtype, processes
     """What a process of a run holds at least, in bytes, by the setting that decides it.
 
     ``ring_size``: the ring in the store's ``dtype``, if some arm takes keys from it. ``batch_tokens``: the batch as
-    stored, twice, and normalised, and the pre-activations of the widest arm. ``expansion``: weights, their gradients
-    and two moments of every SAE.
+    stored, twice, and normalised, and the pre-activations of the widest arm. ``expansion``: weights and two moments of
+    every SAE, and the gradients of the largest, since arms step one after the other.
 
-    4 rows of 2 numbers of 2 bytes; 8 tokens; an SAE of 6 features: 2 matrices of 6 x 2 and biases of 6 and 2.
+    4 rows of 2 numbers of 2 bytes; 8 tokens; an SAE of 6 features: 2 matrices of 6 x 2 and biases of 6 and 2, and
+    one of 4: 2 of 4 x 2 and biases of 4 and 2.
 
     >>> from tcsae.train.config import ArmConfig
     >>> arm = ArmConfig(name="a", expansion=3.0, k=2, block_share=0.5, block_k_share=0.5, window=2, anchors=1)
-    >>> least_bytes(TrainConfig(arms=(arm,), batch_tokens=8, ring_size=4, ring_feed=1), 2, torch.float16)
-    {'ring_size': 16, 'batch_tokens': 320, 'expansion': 512}
+    >>> small = ArmConfig(name="b", expansion=2.0, k=1, block_share=0.0, window=2, anchors=1)
+    >>> least_bytes(TrainConfig(arms=(arm, small), batch_tokens=8, ring_size=4, ring_feed=1), 2, torch.float16)
+    {'ring_size': 16, 'batch_tokens': 320, 'expansion': 776}
     """
     features = [arm.features(d_model) for arm in config.arms]
-    parameters = sum(2 * n * d_model + n + d_model for n in features) * len(config.seeds)
+    parameters = [2 * n * d_model + n + d_model for n in features]
     stored = d_model * dtype.itemsize
     takes_keys = any(arm.takes_keys(d_model) for arm in config.arms)
     return {
         "ring_size": config.ring_size * stored if takes_keys else 0,
         "batch_tokens": config.batch_tokens // processes * (2 * stored + 4 * d_model + 4 * max(features)),
-        "expansion": 16 * parameters,
+        "expansion": 12 * sum(parameters) * len(config.seeds) + 4 * max(parameters),
     }
 
 

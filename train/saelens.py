@@ -43,6 +43,9 @@ _METADATA_DEFAULTS: dict[str, Any] = {
 AGAIN = "copy or export it again"
 """What to do about a damaged folder."""
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What weights may be saved in; everything is computed in float32."""
+
 _LARGEST_CONFIG = 1 << 20
 """Bytes of cfg.json beyond which it is refused: ours are a few kilobytes."""
 
@@ -92,8 +95,8 @@ def load_sae(folder: str | Path) -> SAE:
     UnknownName
         an architecture that is none of standard, topk and jumprelu
     RunError
-        a file is damaged, a tensor is missing, extra, of the wrong shape or not finite, or the
-        configuration asks for a transformation of the activations that is not in the weights
+        a file is damaged, a tensor is missing, extra, of the wrong shape or dtype or not finite in float32, or
+        the configuration asks for a transformation of the activations that is not in the weights
     """
     folder = Path(folder)
     for path in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
@@ -119,6 +122,7 @@ def load_sae(folder: str | Path) -> SAE:
     if config.get("apply_b_dec_to_input", True) is False:
         # x @ W + b = (x - b_dec) @ W + (b + b_dec @ W)
         tensors["b_enc"] = tensors["b_enc"] + tensors["b_dec"] @ tensors["W_enc"]
+        _check_finite(folder / WEIGHTS_FILE, "b_enc with b_dec @ W_enc folded into it", tensors["b_enc"])
     try:
         return SAE(
             architecture=config["architecture"],
@@ -191,6 +195,24 @@ def _read_weights(path: Path, weights: bytes, config: dict[str, Any]) -> dict[st
             raise RunError(
                 f"{path}: {field} has shape {tuple(tensors[field].shape)}, expected {shape}; {AGAIN}"
             )
-        if not torch.isfinite(tensors[field]).all():
-            raise RunError(f"{path}: {field} holds NaN or Inf; its training collapsed, train it again")
-    return {field: tensor.float() for field, tensor in tensors.items()}
+        if tensors[field].dtype not in _DTYPES:
+            raise RunError(
+                f"{path}: {field} is of {_name(tensors[field].dtype)}, expected one of "
+                f"{', '.join(map(_name, _DTYPES))}; convert it first"
+            )
+        tensors[field] = tensors[field].float()
+        _check_finite(path, field, tensors[field])
+    return tensors
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_finite(path: Path, field: str, weight: Tensor) -> None:
+    n_bad = int((~torch.isfinite(weight)).sum())
+    if n_bad:
+        raise RunError(
+            f"{path}: {field} holds {n_bad} NaN or infinite of {weight.numel()} values in float32; its training "
+            "collapsed, train it again"
+        )

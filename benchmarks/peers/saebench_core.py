@@ -2,9 +2,10 @@
 
 It runs in an environment of its own, where sae-bench is installed and tcsae need not be. One argument, a JSON object
 with ``model`` (a folder in Hugging Face's form: GPT-NeoX or Llama), ``saes`` (folders in SAELens' format), ``rows``
-(.npy), ``batch_size``, ``threads`` and ``out``, the JSON file that it writes. Nothing of SAEBench, SAELens or
-TransformerLens is changed: `run_evals` and `calculate_misc_metrics` are called as `multiple_evals` calls them, with a
-store of activations that deals out the rows in order, and for either half of the evaluation from the first row on.
+(.npy), ``batch_size``, ``threads``, ``out``, the JSON file that it writes, and ``seen``, a folder for the activations
+that each SAE was given (.npy). Nothing of SAEBench, SAELens or TransformerLens is changed: `run_evals` and
+`calculate_misc_metrics` are called as `multiple_evals` calls them, with a store of activations that deals out the rows
+in order, and for either half of the evaluation from the first row on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import deque
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,19 @@ def hooked(folder: str) -> HookedTransformer:
     return model
 
 
+class Seen:
+    """Stands in front of an SAE's `encode` and keeps what the last calls gave it."""
+
+    def __init__(self, sae: SAE[Any], n_calls: int) -> None:
+        self._encode = sae.encode
+        self.inputs: deque[torch.Tensor] = deque(maxlen=n_calls)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What the SAE's own method gives."""
+        self.inputs.append(x.clone())
+        return self._encode(x)
+
+
 def main() -> None:
     """Evaluate every SAE and write one JSON object."""
     asked = json.loads(sys.argv[1])
@@ -102,6 +117,9 @@ def main() -> None:
     for folder in asked["saes"]:
         _, sae, _ = load_and_format_sae(Path(folder).name, SAE.load_from_disk(folder), "cpu")
         sae = sae.to(device="cpu", dtype=torch.float32)
+        # its second half, sparsity and variance, is what encodes last, each batch once
+        seen = Seen(sae, n_batches)
+        sae.encode = seen
         metrics, features = run_evals(
             sae=sae,
             activation_store=Rows(rows, batch_size),
@@ -126,6 +144,7 @@ def main() -> None:
             },
         )
         metrics["misc_metrics"] = calculate_misc_metrics(features)
+        np.save(Path(asked["seen"]) / f"{Path(folder).name}.npy", torch.cat([*seen.inputs]).numpy())
         found["saes"][Path(folder).name] = {"metrics": metrics, "features": features}
     # NaN and Infinity stay what they are: where SAEBench's figure is not finite there is nothing to compare
     Path(asked["out"]).write_text(json.dumps(found))

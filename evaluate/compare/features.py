@@ -23,6 +23,7 @@ from tcsae.evaluate.compare.arms import Arm, Pair
 from tcsae.evaluate.compare.bootstrap import Resampled, ends, seed_counts
 from tcsae.evaluate.compare.contrast import Figure, described
 from tcsae.evaluate.compare.folders import Evaluated
+from tcsae.evaluate.subjects import digest_of
 from tcsae.store.errors import TcsaeError
 from tcsae.train.saelens import load_sae
 
@@ -167,9 +168,12 @@ def _matched(treated: Evaluated, control: Evaluated) -> tuple[MatchedRows, int]:
                 f"{one.sae} has {one.origin['d_sae']} features, more than the {MOST_FEATURES} matched"
             )
         try:
-            decoders.append(load_sae(one.folder).W_dec.detach().float())
+            sae = load_sae(one.folder)
         except TcsaeError as error:
             raise _Missing(str(error)) from error
+        if digest_of(sae) != one.origin["digest"]:
+            raise _Missing(f"{one.folder} holds other weights than when {one.sae} was evaluated")
+        decoders.append(sae.W_dec.detach().float())
         density = _column(one, DENSITY)
         alive.append(np.arange(len(decoders[-1])) if density is None else np.flatnonzero(density > 0))
     a, b = (rows[torch.from_numpy(index)] for rows, index in zip(decoders, alive, strict=True))

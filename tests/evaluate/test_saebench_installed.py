@@ -13,7 +13,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from tcsae.benchmarks.parity import BATCH_SIZE, HOOK, Deviation, compare, random_rows, random_saes
+from tcsae.benchmarks.parity import BATCH_SIZE, HOOK, Compared, Deviation, compare
+from tcsae.benchmarks.parity_inputs import random_rows, random_saes
 from tcsae.evaluate.saebench import CATEGORIES
 from tcsae.harvest.model import load_model
 from tcsae.tests.fixtures import save_neox
@@ -40,8 +41,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Deviation]]:
-    """Deviations of a ReLU, a TopK and a JumpReLU SAE in a model of five small layers with Pythia's vocabulary."""
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """A ReLU, a TopK and a JumpReLU SAE in a model of five small layers with Pythia's vocabulary."""
     assert PYTHON is not None
     folder = tmp_path_factory.mktemp("parity")
     shape = save_neox(folder / "neox", n_layers=5, d_model=64)
@@ -52,12 +53,29 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Deviation]
     for sae in saes:
         save_sae(sae, folder / sae.name)
     folders = [folder / sae.name for sae in saes]
-    compared = compare(PYTHON, shape, folders, folder / "rows.npy", folder / "out")
-    # rounding may put an activation on the other side of a threshold: a firing more or less, in few features
-    for firings in compared.firings.values():
+    return compare(PYTHON, shape, folders, folder / "rows.npy", folder / "out")
+
+
+@pytest.fixture(scope="module")
+def found(compared: Compared) -> dict[str, list[Deviation]]:
+    """Deviations by SAE."""
+    return compared.deviations
+
+
+def test_a_count_differs_by_rounding_alone(compared: Compared) -> None:
+    assert compared.activations.n_differ > 0
+    assert compared.activations.largest < 1e-5
+    for name, firings in compared.firings.items():
         assert firings.most <= 1
         assert firings.n_features <= 3
-    return compared.deviations
+        one = compared.handed[name].thresholds
+        assert one.margin <= one.shift < 1e-4
+
+
+def test_of_the_activations_that_saebench_saw_every_count_is_equal(compared: Compared) -> None:
+    for handed in compared.handed.values():
+        assert handed.firings.n_features == 0
+        assert sum(one.n_beyond for one in handed.deviations) == 0
 
 
 @pytest.mark.parametrize("sae", ["relu", "topk", "jumprelu"])

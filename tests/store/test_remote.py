@@ -167,7 +167,7 @@ def test_a_chunk_that_is_removed_just_before_it_is_mapped_again_is_fetched_again
     removed = []
 
     def remove_first(path, made):
-        path.unlink()
+        Path(path).unlink()
         removed.append(path)
         return map_chunk(path, made)
 

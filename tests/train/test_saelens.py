@@ -109,10 +109,17 @@ def _change_weight(name: str, value: torch.Tensor) -> Callable[[Path], None]:
         tensors = load_file(folder / "sae_weights.safetensors")
         save_file(tensors | {name: value}, folder / "sae_weights.safetensors")
         config = json.loads((folder / "cfg.json").read_text())
-        del config["metadata"]["tcsae"]  # as a peer's folder, which has no checksum of ours
+        config["metadata"].pop("tcsae", None)  # as a peer's folder, which has no checksum of ours
         (folder / "cfg.json").write_text(json.dumps(config))
 
     return damage
+
+
+def _overflow_when_folded(folder: Path) -> None:
+    _change_weight("b_dec", torch.full((4,), 3e38))(folder)
+    # 4 x 3e38 is beyond float32, whose largest is 3.4e38
+    _change_weight("W_enc", torch.ones(4, 6))(folder)
+    _edit(folder, apply_b_dec_to_input=False)
 
 
 def _as_pickle(folder: Path) -> None:
@@ -162,7 +169,23 @@ def _pickle_under_our_name(folder: Path) -> None:
         ),
         (lambda p: _edit(p, architecture="topk", k="3"), RunError, "field 'k' is '3', expected int"),
         (lambda p: _edit(p, normalize_activations="layer_norm"), RunError, "fold it into the weights"),
-        (_change_weight("b_enc", torch.full((6,), torch.nan)), RunError, "b_enc holds NaN or Inf"),
+        (
+            _change_weight("b_enc", torch.full((6,), torch.nan)),
+            RunError,
+            "sae_weights.safetensors: b_enc holds 6 NaN or infinite of 6 values",
+        ),
+        (
+            _change_weight("b_enc", torch.full((6,), 1e300, dtype=torch.float64)),
+            RunError,
+            "b_enc holds 6 NaN or infinite of 6 values in float32",
+        ),
+        (_overflow_when_folded, RunError, "b_enc with b_dec @ W_enc folded into it holds 6 NaN or infinite"),
+        (
+            _change_weight("b_enc", torch.zeros(6, dtype=torch.float8_e4m3fn)),
+            RunError,
+            "b_enc is of float8_e4m3fn, expected one of float32, float16, bfloat16, float64",
+        ),
+        (_change_weight("b_enc", torch.zeros(6, dtype=torch.int32)), RunError, "b_enc is of int32"),
         (_change_weight("b_enc", torch.zeros(5)), RunError, r"b_enc has shape \(5,\)"),
         (_change_weight("extra", torch.zeros(1)), RunError, "expected"),
         (lambda p: (p / "cfg.json").write_text("{"), RunError, "not JSON"),
@@ -184,6 +207,10 @@ def _pickle_under_our_name(folder: Path) -> None:
         "a k that is text",
         "activations normalised outside the weights",
         "NaN",
+        "too large for float32",
+        "too large for float32 once folded",
+        "eight bits",
+        "whole numbers",
         "wrong shape",
         "one tensor too many",
         "configuration cut short",

@@ -13,7 +13,9 @@ import pytest
 
 from tcsae.evaluate.estimates import RESULT_VERSION, Metric, SuiteResult, estimates_of, write_result
 from tcsae.evaluate.intervals import bootstrap, resample_counts
+from tcsae.evaluate.subjects import digest_of
 from tcsae.evaluate.summary import Evaluation, Row, write_summary
+from tcsae.train.saelens import load_sae
 
 N_DRAWS = 400
 SUITE_OF = {
@@ -61,7 +63,11 @@ def write_folder(
     suites = list(dict.fromkeys(SUITE_OF.get(name, "temporal") for one in saes for name in one.documents))
     for one in saes:
         name = f"{one.arm}-s{one.seed}"
-        digest = f"{abs(hash((name, str(out), *map(str, one.settings.items())))):064x}"
+        digest = (
+            f"{abs(hash((name, str(out), *map(str, one.settings.items())))):064x}"
+            if one.folder is None
+            else digest_of(load_sae(one.folder))
+        )
         estimates, draws = {}, {}
         for suite in suites:
             metrics = {m: y for m, y in one.documents.items() if SUITE_OF.get(m, "temporal") == suite}

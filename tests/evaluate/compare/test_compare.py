@@ -5,6 +5,9 @@ from __future__ import annotations
 import html
 import json
 import re
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -297,11 +300,13 @@ def test_the_same_folders_give_the_same_bytes(standard: Compared) -> None:
 
 
 def an_sae(folder: Path, W_dec: torch.Tensor) -> Path:
+    """An SAE with these rows; its encoder's biases are drawn from its name, so that no two are the same SAE."""
     n, d = W_dec.shape
+    draw = torch.Generator().manual_seed(zlib.crc32(folder.name.encode()))
     sae = SAE(
         architecture="standard",
         W_enc=W_dec.T.clone(),
-        b_enc=torch.zeros(n),
+        b_enc=torch.randn(n, generator=draw),
         W_dec=W_dec,
         b_dec=torch.zeros(d),
     )
@@ -338,6 +343,38 @@ def test_matched_features_are_found_whatever_their_order_and_their_change_is_mea
     assert whole.n_features == 45
     assert whole.change.value == pytest.approx(0.252)
     assert changes["density", "H"].change.value == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (float("nan"), "sae_weights.safetensors: W_enc holds 1 NaN or infinite of 192 values"),
+        (0.5, "block-s0 holds other weights than when block-s0 was evaluated"),
+    ],
+    ids=["NaN", "trained again"],
+)
+def test_an_sae_that_has_changed_since_it_was_evaluated_is_not_matched(
+    folder: WriteFolder, tmp_path: Path, value: float, why: str
+) -> None:
+    rows = torch.eye(16)[:12]
+    saes = []
+    for arm, alpha in (("block", 0.0), ("tc16", 0.02)):
+        one = planted(arm, 0, {"l0": 30.0, REGISTERED: 0.1 + alpha}, alpha=alpha)
+        where = an_sae(tmp_path / "run" / "sae" / f"{arm}-s0", rows)
+        saes.append(one._replace(folder=where, features={"density": np.full(12, 0.1)}))
+    out = folder(saes)
+    changed = rows.clone()
+    changed[3, 4] = value
+    an_sae(tmp_path / "run" / "sae" / "block-s0", changed)
+    words = ["compare", str(out), "--report", str(tmp_path / "report")]
+    command = [sys.executable, "-P", "-m", "tcsae.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (features,) = json.loads((tmp_path / "report" / "compare.json").read_text())["matched_features"]
+    assert features["reason"].startswith("undefined, because ")
+    assert why in features["reason"]
+    assert (features["rates"], features["changes"]) == ({}, [])
+    assert why in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_saes_that_are_gone_take_only_the_matched_features_with_them(standard: Compared) -> None:
