@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tcsae.benchmarks.made import CONTEXT, HOOK, layout_of, provenance
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.temporal import temporal_figures
 from tcsae.evaluate.temporal_encoders import SAEEncoder, random_directions, random_encoder
@@ -32,13 +33,11 @@ from tcsae.evaluate.temporal_features import figures
 from tcsae.evaluate.temporal_pass import parts_of_text, temporal_sums
 from tcsae.evaluate.temporal_references import threshold_for
 from tcsae.evaluate.temporal_sums import TemporalSums
-from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter
-from tcsae.store.layout import documents_table
+from tcsae.store import ActivationStore, StoreWriter
 from tcsae.train.sae.inference import SAE
 from tcsae.train.saelens import load_sae
 
-HOOK = "blocks.0.hook_resid_post"
-CONTEXT, D_MODEL, D_SAE, BLOCK, L0 = 127, 576, 2304, 460, 31.0
+D_MODEL, D_SAE, BLOCK, L0 = 576, 2304, 460, 31.0
 N_DOCUMENTS, N_BOOTSTRAP = 85, 2000
 AIM = 0.3
 
@@ -96,41 +95,11 @@ def make_store(path: Path, n_rows: int) -> ActivationStore:
     shares = generator.lognormal(sigma=1.0, size=N_DOCUMENTS)
     borders = np.unique(np.r_[0, (np.cumsum(shares) / shares.sum() * n_rows).astype(int)])
     contexts = np.unique(np.r_[n_rows, *(np.arange(a, b, CONTEXT) for a, b in itertools.pairwise(borders))])
-    ids = [str(i) for i in range(len(borders) - 1)]
-    of_documents = {
-        "id": ids,
-        "source": ["benchmark"] * len(ids),
-        "topic": ["none"] * len(ids),
-        "split": ["test"] * len(ids),
-        "n_tokens": np.diff(borders).tolist(),
-        "sha256": [""] * len(ids),
-    }
-    made = Provenance(
-        model="benchmark",
-        model_revision="",
-        model_sha256="",
-        tokenizer_sha256="",
-        hooks=(HOOK,),
-        d_model=D_MODEL,
-        context_length=CONTEXT + 1,
-        bos_token_id=0,
-        special_token_ids=(0,),
-        vocab_size=1000,
-        dtype="float16",
-        precision="float32",
-        rows_per_chunk=4096,
-        corpus="benchmark",
-        corpus_sha256="",
-        max_tokens=None,
-        versions={},
-        created="",
-    )
     tokens = generator.integers(1, 1000, n_rows).astype(np.int32)
-    layout = Layout(
-        tokens, borders.astype(np.int64), contexts.astype(np.int64), documents_table(of_documents)
-    )
+    layout = layout_of(tokens, borders.astype(np.int64), contexts.astype(np.int64), lambda _: "test")
     rows = torch.from_numpy(generator.normal(size=(n_rows, D_MODEL))).float()
     rows[1:] += 0.7 * rows[:-1]
+    made = provenance(D_MODEL, rows_per_chunk=4096, vocab_size=1000)
     with StoreWriter.create(path, layout, made) as writer:
         for chunk in range(writer.n_chunks):
             start, stop = writer.rows_of(chunk)

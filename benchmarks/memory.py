@@ -16,14 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from tcsae.benchmarks.store import CHUNK, HOOK, file_system, layout_of, provenance
+from tcsae.benchmarks.made import HOOK, even_layout, provenance
+from tcsae.benchmarks.store import CHUNK, file_system
 from tcsae.store import ActivationStore, StoreWriter
 
 D_MODEL = 512
@@ -47,9 +47,9 @@ def make(path: Path, gigabytes: float) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(CHUNK, D_MODEL, generator=generator).half()
     n_rows = round(gigabytes * 1e9 / (2 * D_MODEL))
-    made = replace(provenance(D_MODEL), vocab_size=50_000)
+    made = provenance(D_MODEL, rows_per_chunk=CHUNK, vocab_size=50_000)
     tokens = np.random.default_rng(0).integers(1, made.vocab_size, n_rows, dtype=np.int32)
-    with StoreWriter.create(path, replace(layout_of(n_rows), tokens=tokens), made) as writer:
+    with StoreWriter.create(path, even_layout(tokens), made) as writer:
         for chunk in range(writer.n_chunks):
             start, stop = writer.rows_of(chunk)
             writer.write(HOOK, chunk, rows[: stop - start])

@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,56 +28,17 @@ import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
+from tcsae.benchmarks.made import HOOK, even_layout, provenance
+from tcsae.store import ActivationStore, Layout, StoreWriter
 from tcsae.store.chunks import chunk_path, map_chunk, map_raw
-from tcsae.store.layout import documents_table
 from tcsae.store.mapped import RESIDENT_VARIABLE
 
-HOOK = "blocks.0.hook_resid_post"
 CHUNK = 16384
-CONTEXT = 127
 
 
 def layout_of(n_rows: int) -> Layout:
-    """Documents of 4 contexts of 127 rows."""
-    document_offsets = np.unique(np.append(np.arange(0, n_rows, 4 * CONTEXT), n_rows))
-    context_offsets = np.unique(np.append(np.arange(0, n_rows, CONTEXT), n_rows))
-    ids = [str(i) for i in range(len(document_offsets) - 1)]
-    table = documents_table(
-        {
-            "id": ids,
-            "source": ["benchmark"] * len(ids),
-            "topic": ["none"] * len(ids),
-            "split": [split_of(name) for name in ids],
-            "n_tokens": np.diff(document_offsets).tolist(),
-            "sha256": [""] * len(ids),
-        }
-    )
-    return Layout(np.zeros(n_rows, dtype=np.int32), document_offsets, context_offsets, table)
-
-
-def provenance(d_model: int) -> Provenance:
-    """Of a store that no model made."""
-    return Provenance(
-        model="benchmark",
-        model_revision="",
-        model_sha256="",
-        tokenizer_sha256="",
-        hooks=(HOOK,),
-        d_model=d_model,
-        context_length=CONTEXT + 1,
-        bos_token_id=0,
-        special_token_ids=(0,),
-        vocab_size=1,
-        dtype="float16",
-        precision="float32",
-        rows_per_chunk=CHUNK,
-        corpus="benchmark",
-        corpus_sha256="",
-        max_tokens=None,
-        versions={},
-        created="2026-01-01",
-    )
+    """Documents of four contexts, whose tokens nobody reads."""
+    return even_layout(np.zeros(n_rows, dtype=np.int32))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -147,7 +107,9 @@ def reading(folder: Path, n_rows: int, d_model: int, rounds: int) -> None:
     """Sequential batches of 4096 rows and random windows of 16 and 64."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(n_rows, d_model, generator=generator).half()
-    with StoreWriter.create(folder / "store.zarr", layout_of(n_rows), provenance(d_model)) as writer:
+    with StoreWriter.create(
+        folder / "store.zarr", layout_of(n_rows), provenance(d_model, rows_per_chunk=CHUNK)
+    ) as writer:
         for chunk in range(writer.n_chunks):
             start, stop = writer.rows_of(chunk)
             writer.write(HOOK, chunk, rows[start:stop])
@@ -233,7 +195,7 @@ def writing(folder: Path, d_model: int, n: int, rounds: int) -> None:
     same rows, without checks: synced after each chunk's worth of rows, as sure as ours, and once at the end.
     """
     chunk = torch.randn(CHUNK, d_model).half()
-    made = provenance(d_model)
+    made = provenance(d_model, rows_per_chunk=CHUNK)
     full = layout_of(n * CHUNK)
 
     def ours() -> None:
@@ -284,7 +246,7 @@ def writing(folder: Path, d_model: int, n: int, rounds: int) -> None:
 
 def files(folder: Path, n: int) -> None:
     """What many chunk files cost beyond their bytes: files of one short row, laid out as a hook's chunks are."""
-    made = replace(provenance(8), rows_per_chunk=1)
+    made = provenance(8, rows_per_chunk=1)
     body = np.zeros(16, dtype=np.uint8)
     paths = [chunk_path(folder / "files.zarr", HOOK, number) for number in range(n)]
 

@@ -13,16 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_of
-from tcsae.store.layout import documents_table
+from tcsae.benchmarks.made import HOOK, even_layout, provenance
+from tcsae.store import ActivationStore, StoreWriter
 from tcsae.train import ArmConfig, TrainConfig
 from tcsae.train.batches import Rows
 from tcsae.train.config import Precision
 from tcsae.train.training import Training
 
-HOOK = "blocks.0.hook_resid_post"
 CHUNK = 2**17
-CONTEXT = 127
 K = 32
 CPU = torch.device("cpu")
 LOADED = 8
@@ -33,41 +31,10 @@ Case = Callable[[], float]
 
 def make_store(path: Path, n_rows: int, d_model: int) -> ActivationStore:
     """Random rows in documents of four contexts of 127."""
-    documents = np.unique(np.append(np.arange(0, n_rows, 4 * CONTEXT), n_rows))
-    contexts = np.unique(np.append(np.arange(0, n_rows, CONTEXT), n_rows))
-    ids = [str(i) for i in range(len(documents) - 1)]
-    of_documents = {
-        "id": ids,
-        "source": ["benchmark"] * len(ids),
-        "topic": ["none"] * len(ids),
-        "split": [split_of(name) for name in ids],
-        "n_tokens": np.diff(documents).tolist(),
-        "sha256": [""] * len(ids),
-    }
     tokens = np.random.default_rng(0).integers(1, 1000, n_rows).astype(np.int32)
-    made = Provenance(
-        model="benchmark",
-        model_revision="",
-        model_sha256="",
-        tokenizer_sha256="",
-        hooks=(HOOK,),
-        d_model=d_model,
-        context_length=CONTEXT + 1,
-        bos_token_id=0,
-        special_token_ids=(0,),
-        vocab_size=1000,
-        dtype="float16",
-        precision="float32",
-        rows_per_chunk=CHUNK,
-        corpus="benchmark",
-        corpus_sha256="",
-        max_tokens=None,
-        versions={},
-        created="2026-01-01",
-    )
+    made = provenance(d_model, rows_per_chunk=CHUNK, vocab_size=1000)
     generator = torch.Generator().manual_seed(0)
-    layout = Layout(tokens, documents, contexts, documents_table(of_documents))
-    with StoreWriter.create(path, layout, made) as writer:
+    with StoreWriter.create(path, even_layout(tokens), made) as writer:
         for chunk in range(writer.n_chunks):
             start, stop = writer.rows_of(chunk)
             writer.write(HOOK, chunk, torch.randn(stop - start, d_model, generator=generator).half())
