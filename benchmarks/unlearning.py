@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tcsae.evaluate.compare.folders import Evaluated, read_folders
-from tcsae.evaluate.estimates import Estimate
 from tcsae.evaluate.temporal import compare_with_control
+from tcsae.evaluate.unlearning_table import figure_in_words
 
 FIGURES = {
     "score": "score",
@@ -58,21 +58,12 @@ def topics_of(out: Path) -> list[Topic]:
     ]
 
 
-def in_words(one: Estimate) -> str:
-    """Value and interval, or why there is none."""
-    if one.value is None:
-        return one.reason or "undefined"
-    if one.low is None or one.high is None:
-        return f"{one.value:.3f}"
-    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
-
-
 def lines_of(topic: Topic) -> list[str]:
     """The topic's lines of the table."""
     where = f"{topic.name} ({topic.split}: {topic.n_forget} + {topic.n_retain})"
     lines = []
     for sae in topic.saes:
-        cells = [in_words(sae.estimates[f"unlearning_{figure}_{topic.name}"]) for figure in FIGURES]
+        cells = [figure_in_words(sae.estimates[f"unlearning_{figure}_{topic.name}"]) for figure in FIGURES]
         lines.append(f"| {where} | {sae.sae} | " + " | ".join(cells) + " |")
     controls = {one.seed: one for one in topic.saes if one.settings.get("alpha") == 0}
     for sae in topic.saes:
@@ -85,7 +76,7 @@ def lines_of(topic: Topic) -> list[str]:
             _, difference = compare_with_control(
                 name, sae.draws.get(name), control.draws.get(name), topic.n_forget + topic.n_retain
             )
-            cells.append(in_words(difference))
+            cells.append(figure_in_words(difference))
         lines.append(f"| {where} | {sae.sae} minus {control.sae} | " + " | ".join(cells) + " |")
     return lines
 
