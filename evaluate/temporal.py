@@ -13,11 +13,14 @@ from a control at equal L0, see `compare_with_control`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float
 
 from tcsae.evaluate.estimates import Draws, Estimate, Metric, SuiteResult, estimates_of
 from tcsae.evaluate.intervals import Array, interval, resample_counts
@@ -97,6 +100,7 @@ def temporal_figures(
         part: np.array_split(of[np.argsort(firings[of], kind="stable")], N_DECILES)
         for part, of in members.items()
     }
+    every_tenth = [tenth for tenths in deciles.values() for tenth in tenths]
     weights = energy(sums)
     metrics: list[Metric] = []
     columns: list[Array] = []
@@ -108,16 +112,18 @@ def temporal_figures(
             members if not block_size else members | {"best": _best(figure, members["whole"], block_size)}
         )
         for weighting in WEIGHTINGS:
-            for part, features in chosen.items():
+            means = _means(figure.values, weights if weighting else None, list(chosen.values()))
+            for part, mean in zip(chosen, means, strict=True):
                 name = metric_name(part, figure.lag, figure.metric.name, weighting)
                 metrics.append(
                     Metric(name, figure.metric.unit, _reason(figure, members.get(part, members["whole"])))
                 )
-                columns.append(_mean(figure.values, weights if weighting else None, features))
-        for part, tenths in deciles.items():
-            means = [_mean(figure.values[:1], None, tenth)[0] for tenth in tenths]
+                columns.append(mean)
+        of_deciles = iter(_means(figure.values[:1], None, every_tenth)[:, 0].tolist())
+        for part in deciles:
             name = metric_name(part, figure.lag, figure.metric.name)
-            by_decile[name] = [float(mean) if np.isfinite(mean) else None for mean in means]
+            ten = itertools.islice(of_deciles, N_DECILES)
+            by_decile[name] = [mean if math.isfinite(mean) else None for mean in ten]
     for part, span in enumerate(PARTS[: len(spans)] if sums.published.any() else ()):
         above, below = (samples(sums.published[:, part, which]) for which in (0, 1))
         metrics.append(Metric(f"tsae_smoothness_{span}", "1", "no feature of this part is on in any context"))
@@ -157,13 +163,17 @@ def _best(figure: Figure, live: np.ndarray, size: int) -> np.ndarray:
     return live[order[: min(size, int(np.isfinite(values).sum()))]]
 
 
-def _mean(values: Array, weights: Array | None, features: np.ndarray) -> Array:
-    """Mean over those of ``features`` for which the figure is defined."""
-    inside = values[:, features]
-    defined = np.isfinite(inside)
-    weight = defined * (1.0 if weights is None else weights[: len(values), features])
+def _means(
+    values: Float[np.ndarray, "sample feature"], weights: Array | None, groups: Sequence[np.ndarray]
+) -> Float[np.ndarray, "group sample"]:
+    """Mean over those features of each group for which the figure is defined, NaN where there are none."""
+    is_member = np.zeros((values.shape[1], len(groups)))
+    for group, features in enumerate(groups):
+        is_member[features, group] = 1.0
+    defined = np.isfinite(values)
+    weight = defined * (1.0 if weights is None else weights)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((np.where(defined, inside, 0.0) * weight).sum(axis=1) / weight.sum(axis=1))
+        return np.asarray((np.where(defined, values, 0.0) * weight @ is_member / (weight @ is_member)).T)
 
 
 def _reason(figure: Figure, live: np.ndarray) -> str:

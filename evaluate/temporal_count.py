@@ -31,6 +31,15 @@ class _Entries(NamedTuple):
     """document of the block"""
     inside: Int64[Tensor, " entry"]
     """place among the counts of pairs of a unit, kind and lag: that of off and the entry's state"""
+    start: Int64[Tensor, " row"]
+    """first entry of each row, and the number of entries"""
+
+    def of_rows(self, rows: Int64[Tensor, " few"]) -> Int64[Tensor, " entry"]:
+        """Numbers of the entries of ``rows``."""
+        start = self.start.take(rows)
+        lengths = self.start.take(rows + 1) - start
+        before = lengths.cumsum(0) - lengths
+        return torch.repeat_interleave(start - before, lengths) + torch.arange(int(lengths.sum()))
 
 
 class _Open(NamedTuple):
@@ -131,7 +140,8 @@ class Accumulator:
         kept = counted.take(codes.row)
         row, feature, value = codes.row[kept], codes.feature[kept], codes.value[kept]
         state = self._thirds.states(value, feature)
-        entries = _Entries(row, feature, value, state, slot_of_row.take(row), feature * CELLS + state)
+        start = torch.searchsorted(row, torch.arange(codes.n_rows + 1))
+        entries = _Entries(row, feature, value, state, slot_of_row.take(row), feature * CELLS + state, start)
         place = row * sums.d_sae + feature
         self._fill(place, entries, (codes.n_rows + 1) * sums.d_sae)
         table = torch.zeros(len(documents), sums.values.shape[1], sums.d_sae, dtype=torch.float64)
@@ -166,21 +176,35 @@ class Accumulator:
     def _count_states(
         self, entries: _Entries, pairing: Pairing, kind: int, lag: int, unit_of_row: Tensor, in_unit: Tensor
     ) -> None:
-        """``in_unit``: place of each entry's `_Entries.inside` with its unit's counts before it."""
+        """``in_unit``: place of each entry's `_Entries.inside` with its unit's counts before it.
+
+        Counting an entry costs far more than looking at it, so as few as can be are counted: of the two ends' states,
+        those of tokens without a partner (see `TemporalSums.cells`), and of the pairs those that are on at both ends.
+        """
         d_sae, n_rows = self.sums.d_sae, len(unit_of_row)
         plane = d_sae * CELLS
         of_unit = len(KINDS) * len(self.sums.lags) * plane
         cells = torch.from_numpy(self.sums.cells).view(-1)[(kind * len(self.sums.lags) + lag) * plane :]
+        row, feature = entries.row, entries.feature
+        is_first = in_unit + entries.state * (STATES - 1)
+
+        def count(places: Tensor) -> None:
+            cells.scatter_add_(0, places, torch.ones(len(places), dtype=cells.dtype))
+
         # whatever a token needs is worked out once for it, and then taken for each of its entries
-        there = self._state.take((pairing.second * d_sae).take(entries.row) + entries.feature)
-        at = in_unit + entries.state * (STATES - 1) + there
-        cells.scatter_add_(0, at, (pairing.second < n_rows).int().take(entries.row))
-        has_first = pairing.first < n_rows
-        at = in_unit
-        if kind == KINDS.index("matched"):  # a pair belongs to the unit of its first token, here another one
-            unit_of_first = unit_of_row.take(torch.where(has_first, pairing.first, 0))
-            at = (unit_of_first * of_unit).take(entries.row) + entries.inside
-        cells.scatter_add_(0, at, has_first.int().take(entries.row))
+        there = self._state.take((pairing.second * d_sae).take(row) + feature)
+        both = there.nonzero().squeeze(1)
+        count(is_first.take(both) + there.take(both))
+        is_matched = kind == KINDS.index("matched")
+        if not is_matched:
+            for ends, places in zip(pairing, (is_first, in_unit), strict=True):
+                count(places.take(entries.of_rows((ends == n_rows).nonzero().squeeze(1))))
+        else:  # a pair belongs to the unit of its first token, here another one
+            count(is_first.take((pairing.second < n_rows).take(row).nonzero().squeeze(1)))
+            unit_of_first = (unit_of_row.take(pairing.first.clamp(max=n_rows - 1)) * of_unit).take(row)
+            count(
+                (unit_of_first + entries.inside).take((pairing.first < n_rows).take(row).nonzero().squeeze(1))
+            )
 
     def _count_products(self, entries: _Entries, pairing: Pairing, table: Tensor, lag: int) -> None:
         nowhere = len(pairing.second)
@@ -204,6 +228,8 @@ class Accumulator:
         _add(table, ONCE.index("total"), entries, value)
         _add(table, ONCE.index("square"), entries, value.square())
         _add(table, ONCE.index("firings"), entries, one)
+        for state, name in ((2, "in_middle"), (3, "in_upper")):
+            _add(table, ONCE.index(name), entries, (entries.state == state).double())
         _add(table, ONCE.index("runs"), entries, (f_before == 0).double())
         _add(table, ONCE.index("minima"), entries, torch.minimum(value, f_after.double()))
 

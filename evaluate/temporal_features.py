@@ -15,16 +15,23 @@ total_variation   sum over neighbours of |f_{t+1} - f_t| over sum of f, at most 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 from jaxtyping import Float
 
 from tcsae.evaluate.autocorrelation import pooled, timescale, within
 from tcsae.evaluate.information import normalised_information
 from tcsae.evaluate.intervals import Array
+from tcsae.evaluate.temporal_codes import KINDS
 from tcsae.evaluate.temporal_sums import TemporalSums
+
+SERIAL_ELEMENTS = 2**15
+"""Elements that a thread works on at once: torch shares larger arrays between threads of its own, which would wait for
+each other, and smaller ones stay in the processor's cache."""
 
 NO_PAIR = "no pair of tokens lies this far apart in one context, or no feature here varies"
 
@@ -133,16 +140,25 @@ def figures(sums: TemporalSums) -> Iterator[Figure]:
 
 def _of_states(sums: TemporalSums, at: int, lag: int, density: Array) -> Iterator[Figure]:
     """What follows from the joint states of pairs."""
-    nmi = []
-    for kind, name in enumerate(("information", "permuted_information", "matched_information")):
-        by_unit = sums.joint(kind, at)
-        total = by_unit.sum(axis=2, keepdims=True)
-        joint = np.concatenate([total, total - by_unit], axis=2)
-        nmi.append(normalised_information(joint))
-        if kind == 0:
-            stays = _ratio(joint[1:, 1:].sum(axis=(0, 1)), joint[1:].sum(axis=(0, 1)))
-            yield Figure(METRICS["persistence"], lag, stays - density)
-        yield Figure(METRICS[name], lag, nmi[-1])
+    shape = sums.n_units + 1, sums.d_sae
+    stays, nmi = np.empty(shape), np.empty((len(KINDS), *shape))
+
+    def fill(features: slice) -> None:
+        for kind in range(len(KINDS)):
+            by_unit = sums.joint(kind, at, features)
+            total = by_unit.sum(axis=2, keepdims=True)
+            joint = np.concatenate([total, total - by_unit], axis=2)
+            nmi[kind, :, features] = normalised_information(joint)
+            if kind == 0:
+                stays[:, features] = _ratio(joint[1:, 1:].sum(axis=(0, 1)), joint[1:].sum(axis=(0, 1)))
+
+    width = max(1, SERIAL_ELEMENTS // shape[0])
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for _ in threads.map(fill, (slice(start, start + width) for start in range(0, sums.d_sae, width))):
+            pass  # an error in a thread is raised here
+    yield Figure(METRICS["persistence"], lag, stays - density)
+    for name, values in zip(("information", "permuted_information", "matched_information"), nmi, strict=True):
+        yield Figure(METRICS[name], lag, values)
     yield Figure(METRICS["excess_information"], lag, nmi[0] - nmi[1] - nmi[2])
 
 

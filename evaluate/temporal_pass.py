@@ -56,6 +56,18 @@ def units_of(held_out: HeldOut, d_sae: int, lags: tuple[int, ...] = LAGS) -> Int
     return held_out.units(max(2, min(MAX_UNITS, MAX_BYTES // bytes_per_unit(d_sae, len(lags)))))
 
 
+def nothing_counted(
+    held_out: HeldOut,
+    unit_of_document: Int64[Tensor, " document"],
+    d_sae: int,
+    lags: tuple[int, ...] = LAGS,
+) -> TemporalSums:
+    """Sums of the units of ``held_out``, all 0."""
+    units = unit_of_document.numpy()[held_out.document_of_context]
+    most = int(np.bincount(units, held_out.length).max())
+    return TemporalSums.zeros(int(unit_of_document.max()) + 1, d_sae, lags, most_tokens=most)
+
+
 def temporal_sums(
     encoder: Encoder,
     held_out: HeldOut,
@@ -81,15 +93,16 @@ def temporal_sums(
     """
     parts = parts_of_text(held_out)
     unit_of_document = units_of(held_out, encoder.d_sae, lags)
-    n_units = int(unit_of_document.max()) + 1
     thirds, kept = calibrated(encoder, held_out, advance)
-    total = TemporalSums.zeros(n_units, encoder.d_sae, lags)
+    total = nothing_counted(held_out, unit_of_document, encoder.d_sae, lags)
     again = untold if is_short(held_out) else advance
     for number, blocks in enumerate(parts):
         codes = iter(kept[number]) if kept is not None else _advancing(encoder, held_out, blocks, again)
-        part = TemporalSums.zeros(n_units, encoder.d_sae, lags, total.cells)
+        # before the first part there is nothing that it could be added to
+        part = TemporalSums.zeros(total.n_units, encoder.d_sae, lags, total.cells) if number else total
         accumulate(part, codes, thirds, unit_of_document, encoder.block_size, [seed, number])
-        total.add(part)
+        if part is not total:
+            total.add(part)
     return total
 
 

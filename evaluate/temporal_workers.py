@@ -7,11 +7,11 @@ sparse and are sent as such; they are added in the order of the parts, so the re
 from __future__ import annotations
 
 import socket
-import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,6 @@ from torch import Tensor
 from tcsae.evaluate.config import EvaluatedSplit
 from tcsae.evaluate.heldout import HeldOut, Indices
 from tcsae.evaluate.information import Thirds
-from tcsae.evaluate.temporal_codes import LAGS
 from tcsae.evaluate.temporal_encoders import Encoder
 from tcsae.evaluate.temporal_pass import (
     Advance,
@@ -30,12 +29,14 @@ from tcsae.evaluate.temporal_pass import (
     calibrated,
     codes_of,
     is_short,
+    nothing_counted,
     parts_of_text,
     units_of,
     untold,
 )
 from tcsae.evaluate.temporal_sums import TemporalSums
 from tcsae.store.errors import ConfigError
+from tcsae.store.kept import Kept
 from tcsae.store.parallel import map_tasks
 from tcsae.store.reader import ActivationStore
 from tcsae.store.remote import is_url
@@ -114,7 +115,6 @@ class PartSums:
 class _Ready:
     """What a worker needs for every part of one pass."""
 
-    shared: Path
     encoder: Encoder
     thirds: Thirds
     held_out: HeldOut
@@ -122,10 +122,7 @@ class _Ready:
     units: Int64[Tensor, " document"]
 
 
-_one_at_a_time = threading.Lock()
-
-_ready: list[_Ready] = []
-"""What this process has loaded: nothing, or one encoder with its documents."""
+_kept = Kept[_Ready]()
 
 
 def count_part(task: PartTask) -> PartSums:
@@ -135,20 +132,26 @@ def count_part(task: PartTask) -> PartSums:
     ------
     ConfigError
         the encoder's file cannot be seen from here
+    Interrupted
+        the pass is over
     """
-    with _one_at_a_time:
-        ready = _prepared(task)
+    run = str(task.shared)
+    with _kept.of(run, partial(_prepared, task)) as ready:
         encoder, held_out = ready.encoder, ready.held_out
-        sums = TemporalSums.zeros(int(ready.units.max()) + 1, encoder.d_sae, LAGS)
-        codes = (codes_of(encoder, held_out.block(contexts)) for contexts in ready.parts[task.number])
+        sums = nothing_counted(held_out, ready.units, encoder.d_sae)
+        blocks = (held_out.block(contexts) for contexts in _until_over(run, ready.parts[task.number]))
+        codes = (codes_of(encoder, block) for block in blocks)
         accumulate(sums, codes, ready.thirds, ready.units, encoder.block_size, [task.seed, task.number])
     return PartSums.of(sums)
 
 
+def _until_over(run: str, blocks: Iterable[Indices]) -> Iterator[Indices]:
+    for contexts in blocks:
+        _kept.check(run)
+        yield contexts
+
+
 def _prepared(task: PartTask) -> _Ready:
-    if _ready and _ready[0].shared == task.shared:
-        return _ready[0]
-    _ready.clear()
     if not task.shared.is_file():
         raise ConfigError(
             f"scheduler: expected workers that see the same files, got one on {socket.gethostname()} that does not "
@@ -159,14 +162,12 @@ def _prepared(task: PartTask) -> _Ready:
     encoder, thirds = torch.load(task.shared, map_location=where, weights_only=False)
     held_out = HeldOut(ActivationStore.open(task.store), task.hook, task.split)
     units = units_of(held_out, encoder.d_sae)
-    _ready.append(_Ready(task.shared, encoder, thirds, held_out, parts_of_text(held_out), units))
-    return _ready[0]
+    return _Ready(encoder, thirds, held_out, parts_of_text(held_out), units)
 
 
-def release() -> None:
-    """Drop what `count_part` has kept."""
-    with _one_at_a_time:
-        _ready.clear()
+def release(shared: Path) -> None:
+    """Drop what `count_part` has kept of the pass with that file, at the latest after the block that it is at."""
+    _kept.end(str(shared))
 
 
 def temporal_sums_on_workers(
@@ -193,8 +194,7 @@ def temporal_sums_on_workers(
     thirds, _ = calibrated(encoder, held_out, untold if is_short(held_out) else advance)
     parts = parts_of_text(held_out)
     units = units_of(held_out, encoder.d_sae)
-    n_units = int(units.max()) + 1
-    total = TemporalSums.zeros(n_units, encoder.d_sae, LAGS)
+    total = nothing_counted(held_out, units, encoder.d_sae)
     url = held_out.store.url
     store = url if is_url(url) else str(Path(url).absolute())
     with _shared(folder, encoder, thirds) as shared:
@@ -204,12 +204,14 @@ def temporal_sums_on_workers(
         ]
         waiting: dict[int, PartSums] = {}
         following = 0
-        found = map_tasks(count_part, tasks, workers=workers, scheduler=scheduler, release=release)
+        found = map_tasks(
+            count_part, tasks, workers=workers, scheduler=scheduler, release=partial(release, shared)
+        )
         with closing(found):
             for task, result in found:
                 waiting[task.number] = result
                 while following in waiting:
-                    total.add(waiting.pop(following).unpacked(n_units, total.cells))
+                    total.add(waiting.pop(following).unpacked(total.n_units, total.cells))
                     following += 1
                 advance(int(sum(held_out.length[contexts].sum() for contexts in parts[task.number])))
     return total

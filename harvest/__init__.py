@@ -2,8 +2,8 @@
 
 from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.corpus import Document, read_corpus
+from tcsae.harvest.dryrun import DryRun, dry_run
 from tcsae.harvest.model import LanguageModel, load_model
-from tcsae.harvest.plan import DryRun, dry_run
 from tcsae.harvest.run import HarvestSummary, harvest
 
 __all__ = [

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tcsae.harvest.batches import run_chunk
 from tcsae.harvest.config import HarvestConfig
-from tcsae.harvest.locate import canonical_name
 from tcsae.harvest.model import LanguageModel, load_model
-from tcsae.harvest.plan import check_space, make_plan, provenance_of
-from tcsae.harvest.synthetic import SyntheticSource, truth_source
+from tcsae.harvest.plan import check_space, make_plan
+from tcsae.harvest.resume import is_begun, model_to_go_on_with, settings_begun_with, source_to_go_on_with
+from tcsae.harvest.synthetic import SyntheticSource
 from tcsae.harvest.synthetic_run import first_document_sha256, synthetic_plan, write_chunks
-from tcsae.harvest.synthetic_run import provenance_of as synthetic_provenance
 from tcsae.harvest.synthetic_settings import is_synthetic, parse_synthetic
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint, release
-from tcsae.store.errors import StoreMismatch
 from tcsae.store.interrupt import interruptible
-from tcsae.store.metadata import FIRST_BATCH, ROOT, read_root
-from tcsae.store.parallel import HERE, Pool, task_pool
-from tcsae.store.planning import refuse_existing
+from tcsae.store.parallel import HERE, Pool, check_scheduler, task_pool
 from tcsae.store.progress import progress
-from tcsae.store.spec import Provenance
-from tcsae.store.truth import read_truth
-from tcsae.store.writer import StoreWriter, refuse_other_settings
+from tcsae.store.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +82,7 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
     Interrupted
         Ctrl-C or SIGTERM; finished chunks stay
     """
-    begun = (config.store / ROOT).exists()
-    if not (begun and config.resume):
-        refuse_existing(config.store)  # now, not once the corpus is read
+    begun = is_begun(config)  # refused now, not once the corpus is read
     with interruptible(
         f"{config.store}: interrupted; finished chunks are kept, run the same command with --resume to go on"
     ):
@@ -111,24 +103,11 @@ def _begin_synthetic(config: HarvestConfig) -> HarvestSummary:
 
 
 def _resume_synthetic(config: HarvestConfig) -> HarvestSummary:
-    stored = Provenance.from_dict(read_root(config.store), str(config.store / ROOT))
-    asked = synthetic_provenance(config, parse_synthetic(config.corpus), stored.corpus_sha256)
-    if stored.truth is not None and asked.truth is not None:
-        # named one by one here: the two objects in a line would hide what differs
-        begun, now = stored.truth["parameters"], asked.truth["parameters"]
-        if differing := [
-            f"{k}: begun with {begun.get(k)!r}, now {v!r}" for k, v in now.items() if begun.get(k) != v
-        ]:
-            raise StoreMismatch(
-                f"{config.store}: begun with other parameters: {'; '.join(differing)}; resume with the first ones or "
-                "choose another path"
-            )
-    with StoreWriter.resume(config.store, asked) as writer:
+    stored = settings_begun_with(config)
+    with StoreWriter.resume(config.store, stored) as writer:
         missing = writer.missing()
         if missing:
-            source = truth_source(config.store, stored, read_truth(config.store, stored))
-            _check_rounding(config, "numpy", first_document_sha256(source))
-            check_space(config.store, stored, len(missing))
+            source = source_to_go_on_with(config, stored, len(missing))
             return _compute(writer, missing, _drawing(source), {}, HERE)
         return _nothing_missing(config, writer)
 
@@ -141,7 +120,7 @@ def _nothing_missing(config: HarvestConfig, writer: StoreWriter) -> HarvestSumma
     if writer.complete:
         log.info("%s: is complete, nothing to do", config.store)
     else:
-        with _pool(config) as pool:
+        with _pool(config, _new_run()) as pool:
             writer.finish(pool)
     return _summary(writer, 0, 0, 0.0, {})
 
@@ -152,73 +131,53 @@ def _begin(config: HarvestConfig) -> HarvestSummary:
     n_chunks = -(-plan.layout.n_rows // config.rows_per_chunk)
     check_space(config.store, plan.provenance, n_chunks)
     first = fingerprint(config, model, plan.layout)
-    skipped = dict(plan.skips.counts)
+    skipped, run = dict(plan.skips.counts), _new_run()
+    if config.scheduler is not None:
+        check_scheduler(config.scheduler)  # before anything is written
     with (
-        _pool(config) as pool,
         StoreWriter.create(config.store, plan.layout, plan.provenance, first_batch_sha256=first) as writer,
+        _pool(config, run) as pool,  # left first: no worker writes any more when another may hold the lock
     ):
-        compute = _way(config, model, first, pool)
+        compute = _way(config, model, first, run, pool)
         del model  # with workers, which have their own, nothing holds it any more
         return _compute(writer, writer.missing(), compute, skipped, pool)
 
 
 def _resume(config: HarvestConfig) -> HarvestSummary:
-    # The plan, tokens included, is in the store: the corpus is not read again, and the model is loaded only
-    # if there is something for it to do.
-    stored = Provenance.from_dict(read_root(config.store), str(config.store / ROOT))
-    asked = replace(
-        stored,
-        model=canonical_name(config.model),
-        hooks=config.hooks,
-        context_length=config.context_length,
-        dtype=config.dtype,
-        precision=config.precision,
-        rows_per_chunk=config.rows_per_chunk,
-        corpus=config.corpus,
-        max_tokens=config.max_tokens,
-    )
-    with StoreWriter.resume(config.store, asked) as writer:
+    stored = settings_begun_with(config)
+    with StoreWriter.resume(config.store, stored) as writer:
         missing = writer.missing()
         if not missing:
             return _nothing_missing(config, writer)
-        model = load_model(config.model, precision=config.precision, device=config.device)
-        refuse_other_settings(config.store, stored, provenance_of(config, model, stored.corpus_sha256))
-        check_space(config.store, stored, len(missing))
-        first = fingerprint(config, model, writer.layout)
-        _check_rounding(config, model.device, first)
-        with _pool(config) as pool:
-            compute = _way(config, model, first, pool)
+        model, first = model_to_go_on_with(config, stored, writer.layout, len(missing))
+        run = _new_run()
+        with _pool(config, run) as pool:
+            compute = _way(config, model, first, run, pool)
             del model
             return _compute(writer, missing, compute, {}, pool)
-
-
-def _check_rounding(config: HarvestConfig, computed_by: object, first: str) -> None:
-    """Raise `StoreMismatch` if the chunks that are there were computed with other last bits than here."""
-    begun = read_root(config.store).get(FIRST_BATCH, first)  # a store from before it was kept has none
-    if begun != first:
-        raise StoreMismatch(
-            f"{config.store}: begun on a machine that rounds differently: the first batch's activations have "
-            f"SHA-256 {begun[:12]}… there and {first[:12]}… here ({computed_by}, "
-            f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}), so the store would be "
-            "of two kinds; resume on a machine of the first kind with the same OMP_NUM_THREADS, or delete the store "
-            "and harvest again"
-        )
 
 
 Compute = Callable[[StoreWriter, list[int], Callable[[int], Any]], None]
 """Computes and writes chunks of a store, and says after each step how many rows are done."""
 
 
-def _pool(config: HarvestConfig) -> AbstractContextManager[Pool]:
+def _new_run() -> str:
+    """A name for what workers keep, which no other call has."""
+    return uuid.uuid4().hex
+
+
+def _pool(config: HarvestConfig, run: str) -> AbstractContextManager[Pool]:
     """Where chunks are computed and then summed up."""
-    return task_pool(workers=config.workers, scheduler=config.scheduler, release=release)
+    return task_pool(workers=config.workers, scheduler=config.scheduler, release=partial(release, run))
 
 
-def _way(config: HarvestConfig, model: LanguageModel, first: str, pool: Pool) -> Compute:
+def _way(config: HarvestConfig, model: LanguageModel, first: str, run: str, pool: Pool) -> Compute:
     """How chunks are computed: in this process with its model, or by workers, which load it themselves."""
     if pool is HERE:
         return lambda writer, missing, on_rows: _compute_here(config, model, writer, missing, on_rows)
-    return lambda writer, missing, on_rows: _compute_on_workers(config, first, writer, missing, on_rows, pool)
+    return lambda writer, missing, on_rows: _compute_on_workers(
+        config, first, run, writer, missing, on_rows, pool
+    )
 
 
 def _compute_here(
@@ -247,13 +206,14 @@ def _compute_here(
 def _compute_on_workers(
     config: HarvestConfig,
     expected: str,
+    run: str,
     writer: StoreWriter,
     missing: list[int],
     on_rows: Callable[[int], Any],
     pool: Pool,
 ) -> None:
     there = replace(config, store=config.store.absolute())
-    tasks = [ChunkTask(there, writer.provenance, expected, chunk) for chunk in missing]
+    tasks = [ChunkTask(run, there, writer.provenance, expected, chunk) for chunk in missing]
     for task, _ in pool.map(compute_chunk, tasks):
         start, stop = writer.rows_of(task.chunk)
         on_rows(stop - start)

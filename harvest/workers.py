@@ -10,8 +10,9 @@ Measured with the MKL of torch 2.13 on AVX2, float32, one to four threads: all b
 from __future__ import annotations
 
 import hashlib
-import threading
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,7 @@ from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.plan import provenance_of
 from tcsae.store.errors import ConfigError, StoreMismatch
 from tcsae.store.index import read_layout
+from tcsae.store.kept import Kept
 from tcsae.store.layout import Layout
 from tcsae.store.spec import Provenance
 from tcsae.store.writer import StoreWriter, differences
@@ -30,6 +32,8 @@ from tcsae.store.writer import StoreWriter, differences
 class ChunkTask:
     """One chunk to be computed and written for every hook."""
 
+    run: str
+    """of its own for every call of `tcsae.harvest.harvest`"""
     config: HarvestConfig
     """the harvest; ``store`` is absolute"""
     provenance: Provenance
@@ -43,18 +47,15 @@ class ChunkTask:
         return f"{self.config.store}: chunk {self.chunk}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ready:
-    provenance: Provenance
+class _Ready(NamedTuple):
+    """What a worker needs for every chunk of one harvest."""
+
     writer: StoreWriter
     model: LanguageModel
 
 
-_one_at_a_time = threading.Lock()
+_kept = Kept[_Ready]()
 """Hooks are attached to the model for a pass, so two threads must not run it at once."""
-
-_ready: list[_Ready] = []
-"""What this process has loaded: nothing, or one harvest's model and plan."""
 
 
 def compute_chunk(task: ChunkTask) -> None:
@@ -68,28 +69,30 @@ def compute_chunk(task: ChunkTask) -> None:
         this process has another model or other package versions than the store was planned with
     ActivationError, DiskFull
         as `StoreWriter.write` raises them
+    Interrupted
+        the harvest is over; nothing is written after that
     """
     config = task.config
-    with _one_at_a_time:
-        ready = _prepared(task)
-        start, stop = ready.writer.rows_of(task.chunk)
+    with _kept.of(task.run, partial(_prepared, task)) as (writer, model):
+        start, stop = writer.rows_of(task.chunk)
         rows = run_chunk(
-            ready.model,
-            ready.writer.layout,
+            model,
+            writer.layout,
             start,
             stop,
             hooks=config.hooks,
-            d_model=ready.model.d_model,
+            d_model=model.d_model,
             batch_tokens=config.batch_tokens,
+            on_rows=lambda _: _kept.check(task.run),
         )
     for hook in config.hooks:
-        ready.writer.write(hook, task.chunk, rows[hook])
+        with _kept.before_the_end(task.run):
+            writer.write(hook, task.chunk, rows[hook])
 
 
-def release() -> None:
-    """Drop the model that `compute_chunk` has kept."""
-    with _one_at_a_time:
-        _ready.clear()
+def release(run: str) -> None:
+    """Drop the model that `compute_chunk` has kept for ``run``, at the latest after the batch that it is at."""
+    _kept.end(run)
 
 
 def fingerprint(config: HarvestConfig, model: LanguageModel, layout: Layout) -> str:
@@ -105,9 +108,6 @@ def fingerprint(config: HarvestConfig, model: LanguageModel, layout: Layout) -> 
 
 
 def _prepared(task: ChunkTask) -> _Ready:
-    if _ready and _ready[0].provenance == task.provenance and _ready[0].writer.path == task.config.store:
-        return _ready[0]
-    _ready.clear()
     config, planned = task.config, task.provenance
     # By the name in the plan: a folder's is absolute there, and a worker may run in another folder.
     model = load_model(planned.model, precision=config.precision, device=config.device)
@@ -125,5 +125,4 @@ def _prepared(task: ChunkTask) -> _Ready:
             f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}), so the store would "
             "not be reproducible; use workers with one kind of processor and the same OMP_NUM_THREADS everywhere"
         )
-    _ready.append(_Ready(planned, StoreWriter(config.store, layout, planned), model))
-    return _ready[0]
+    return _Ready(StoreWriter(config.store, layout, planned), model)

@@ -7,6 +7,7 @@ zero rows to the full size, as Zarr asks.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import google_crc32c
@@ -95,10 +96,20 @@ def is_finite(rows: Float[Tensor, "row d_model"]) -> bool:
     )
 
 
-def map_chunk(path: Path, made: Provenance) -> Float[Tensor, "row d_model"]:
-    """Map a chunk file of raw rows, padding included, without checking its bytes (see `map_file`)."""
-    size = chunk_bytes(made.rows_per_chunk, made.d_model, made.dtype)
-    return _as_rows(map_file(path, size)[:-CHECKSUM_BYTES], made)
+def map_chunk(path: str, made: Provenance) -> Float[Tensor, "row d_model"]:
+    """Map a chunk file of raw rows, padding included, without looking at it: for one that was verified before.
+
+    Raises
+    ------
+    StoreCorrupt
+        it cannot be mapped
+    """
+    shape = made.rows_per_chunk, made.d_model
+    try:  # see `map_file`; the checksum behind the rows is left out
+        rows = torch.from_file(path, shared=False, size=math.prod(shape), dtype=TORCH_DTYPES[made.dtype])
+    except RuntimeError as error:
+        raise StoreCorrupt(f"{path}: cannot be mapped ({str(error).splitlines()[0]}); {MEND}") from error
+    return rows.view(shape)
 
 
 def read_chunk(

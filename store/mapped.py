@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tcsae.store.cache import CachedStore, gigabytes, touch
-from tcsae.store.chunks import CHECKSUM_BYTES, Bytes, chunk_path, codec_of, map_chunk, map_raw, read_chunk
+from tcsae.store.chunks import CHECKSUM_BYTES, chunk_path, codec_of, map_chunk, map_raw, read_chunk
 from tcsae.store.errors import StoreCorrupt
 from tcsae.store.index import refuse_link
 from tcsae.store.spec import CHECKSUMS, TORCH_DTYPES, Provenance
@@ -28,7 +28,7 @@ from tcsae.store.spec import CHECKSUMS, TORCH_DTYPES, Provenance
 MAX_MAPPED_CHUNKS = 4096
 """Chunks of a hook that stay mapped at once; Linux allows a process about 65,000 maps in all."""
 
-RESIDENT_BYTES = 2**29
+RESIDENT_BYTES = 10**9
 """Resident bytes of a hook's maps at which all of them are given up, unless they are smaller together."""
 
 RESIDENT_VARIABLE = "TCSAE_RESIDENT_GB"
@@ -129,19 +129,17 @@ class HookChunks:
             if chunk in self._mapped:
                 self._mapped.move_to_end(chunk)
                 return self._mapped[chunk]
-            path = chunk_path(self._store, self._hook, chunk)
-            if self._is_raw and _identity_at(path) == tuple(self._verified[chunk].tolist()):
-                rows = self._map(chunk, path)
-            else:
-                rows = self._read(chunk, path)
+            rows = self._map_again(chunk) if self._is_raw else None
+            if rows is None:
+                rows = self._read(chunk, chunk_path(self._store, self._hook, chunk))
             rows = rows[: self._n_rows - chunk * self._made.rows_per_chunk]
             self._mapped[chunk] = rows
             if len(self._mapped) > self._most:
                 self._mapped.popitem(last=False)
             return rows
 
-    def copy(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> None:
-        """Fill the bytes of each piece, [row, byte], from a row of the chunk on; raises what `__getitem__` does.
+    def copy(self, chunk: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each piece from a byte of the chunk's rows on; raises what `__getitem__` does.
 
         Nothing of a raw chunk is mapped for it, but when the chunk is verified: a map costs a fault for every piece,
         its pages count as the process's memory, and the small objects of thousands of maps that come and go keep
@@ -151,14 +149,14 @@ class HookChunks:
             return
         path = chunk_path(self._store, self._hook, chunk)
         with self._lock:
-            rows = (self._read(chunk, path) if self._is_raw else self[chunk]).view(torch.uint8).numpy()
+            rows = self._read(chunk, path) if self._is_raw else self[chunk]
+        content = rows.view(torch.uint8).numpy().reshape(-1).data
         for first, into in pieces:
-            into[:] = rows[first : first + len(into)]
+            into[:] = content[first : first + len(into)]
 
-    def _copy_from_file(self, chunk: int, pieces: Sequence[tuple[int, Bytes]]) -> bool:
+    def _copy_from_file(self, chunk: int, pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """Whether the file is the one that was verified and had every piece."""
-        # A batch of windows reads from hundreds of chunks, and making a `Path` of each costs as much as reading it.
-        path = f"{self._chunk_folders}/{chunk}/0"
+        path = self._quick_path(chunk)
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError:  # which `_read` comes upon as well, and names
@@ -168,20 +166,25 @@ class HookChunks:
                 return False
             if self._cached is not None:
                 touch(Path(path))
-            return all(
-                os.preadv(file, [into.data], first * self._row_bytes) == into.nbytes for first, into in pieces
-            )
+            return all(os.preadv(file, [into], first) == len(into) for first, into in pieces)
         finally:
             os.close(file)
 
-    def _map(self, chunk: int, path: Path) -> Tensor:
-        """Rows of a chunk that was verified before, and read again if it has just been removed to make room."""
+    def _quick_path(self, chunk: int) -> str:
+        """As text: random windows come upon hundreds of chunks, and a `Path` costs as much as the reading."""
+        return f"{self._chunk_folders}/{chunk}/0"
+
+    def _map_again(self, chunk: int) -> Tensor | None:
+        """Rows of a raw chunk whose file is the one that was verified, padding included; None if it is not."""
+        path = self._quick_path(chunk)
+        if _identity_at(path) != tuple(self._verified[chunk].tolist()):
+            return None
         try:
             rows = map_chunk(path, self._made)
-        except StoreCorrupt:
-            return self._read(chunk, path)
+        except StoreCorrupt:  # removed since, to make room: `_read` fetches it again, or says what is wrong
+            return None
         if self._cached is not None:
-            touch(path)
+            touch(Path(path))
         return rows
 
     def _read(self, chunk: int, path: Path) -> Tensor:
@@ -221,9 +224,9 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def _identity_at(path: Path) -> tuple[int, int]:
+def _identity_at(path: Path | str) -> tuple[int, int]:
     """`_identity` of the file at ``path``; (-1, -1) if there is none."""
     try:
-        return _identity(path.stat())
+        return _identity(os.stat(path))  # noqa: PTH116 -- making a `Path` takes longer
     except FileNotFoundError:
         return -1, -1

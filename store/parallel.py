@@ -104,12 +104,14 @@ class Pool:
                 number = running.pop(future)
                 try:
                     result = future.result(timeout=WORKER_SECONDS)
-                except TimeoutError as error:
+                except (OSError, CancelledError) as error:
                     if future.status == "error":  # the function's own
                         raise
-                    raise WorkersLost(_NO_WORKER.format(self._where, WORKER_SECONDS)) from error
-                except CancelledError as error:
-                    raise WorkersLost(_NO_CONNECTION.format(self._where)) from error
+                    raise WorkersLost(
+                        _NO_WORKER.format(self._where, WORKER_SECONDS)
+                        if isinstance(error, TimeoutError)
+                        else _NO_CONNECTION.format(self._where)
+                    ) from error
                 except KilledWorker as error:
                     raise WorkersLost(
                         f"{items[number]}: {error.allowed_failures + 1} workers died of it, the last one at "
@@ -145,7 +147,8 @@ def task_pool(
         takes precedence over ``workers``
     release
         called at the end in each worker of a scheduler, to drop what a function keeps in memory from one
-        call to the next; workers on this machine end anyway
+        call to the next; workers on this machine end anyway. Tasks may still run then: it must not wait for them,
+        since a worker answers nobody meanwhile
 
     Raises
     ------
@@ -160,6 +163,8 @@ def task_pool(
     where = "workers" if scheduler is None else f"scheduler {scheduler}"
     connect = _cluster(workers) if scheduler is None else _connection(scheduler, release)
     with _quiet_dask(), connect as client:
+        # what waited within Dask for a result that is given up ends with an error that nobody asks for
+        client.loop.asyncio_loop.set_exception_handler(lambda *_: None)
         yield Pool(client, where)
 
 
@@ -257,8 +262,9 @@ def _connection(scheduler: str, release: Callable[[], None] | None) -> Iterator[
             yield client
         finally:
             if release is not None and client.status == "running":
-                with suppress(OSError):  # a scheduler that has just gone
-                    client.run(release, on_error="ignore")
+                with suppress(OSError):  # a scheduler that has just gone, or a worker that does not answer
+                    # what `Client.run` does, which waits for an answer for ever
+                    client.sync(client._run, release, on_error="ignore", callback_timeout=ANSWER_SECONDS)
 
 
 def dask_setup(worker: object) -> None:  # noqa: ARG001  # Dask names the function and gives it the worker

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,13 @@ class LocalEnd:
         if path.resolve() != self.path.resolve() / name:
             raise StoreCorrupt(f"{path}: is a link out of its place; a store has plain files only")
         return path.read_bytes()
+
+    def sizes(self, names: Sequence[str]) -> list[int] | None:
+        """Bytes of each file; None if one of them is missing."""
+        try:
+            return [(self.path / name).stat().st_size for name in names]
+        except FileNotFoundError:
+            return None
 
     def write(self, name: str, content: bytes) -> None:
         """Put ``content`` at ``name``, whole or not at all."""
@@ -65,6 +72,10 @@ class RemoteEnd:
     def read(self, name: str, expected_bytes: int = 0) -> bytes:
         """The whole file ``name``; raises FileNotFoundError or `RemoteError`."""
         return self.folder.read(name, expected_bytes)
+
+    def sizes(self, names: Sequence[str]) -> list[int] | None:
+        """Bytes of each file; None if they cannot be listed, or one of them is missing."""
+        return self.folder.sizes(names)
 
     def write(self, name: str, content: bytes) -> None:
         """Put ``content`` at ``name``; raises `RemoteError`."""

@@ -7,6 +7,7 @@ reopens there).
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,9 @@ from tcsae.store.spec import (
 from tcsae.store.truth import Truth, read_truth
 
 Int64Array = npt.NDArray[np.int64]
+
+FEW_BYTES = 2**24
+"""Size up to which an index array may stay resident, as reading it from a map that stays makes it."""
 
 
 class ActivationStore:
@@ -82,8 +86,8 @@ class ActivationStore:
         first asked for and kept on this machine (`tcsae.store.cache`: ``$TCSAE_CACHE``, 50 GB or
         ``$TCSAE_CACHE_GB``).
 
-        Of a hook that is larger than 0.5 GB, maps are given up when so much of them is resident, and faulted in anew:
-        reading takes as much memory from a large store as from a small one, and random windows take twice the time.
+        Of a hook that is larger than 1 GB, maps are given up when so much of them is resident, and faulted in anew:
+        reading takes no more memory from a store of 10 GB than from one of 1 GB, but more time.
         ``$TCSAE_RESIDENT_GB`` sets another bound.
 
         Raises
@@ -215,23 +219,32 @@ class ActivationStore:
         chunks, size = self._chunks[self._hook(hook)], self.provenance.rows_per_chunk
         if out is None:
             out = torch.empty(len(wanted), self.d_model, dtype=TORCH_DTYPES[self.provenance.dtype])
-        into = out.view(torch.uint8).numpy()
         # With 10 rows a chunk, rows 7 8 9 10 3 are the runs 7 8 9, 10 and 3.
         begin = np.flatnonzero((np.diff(wanted, prepend=-2) != 1) | (wanted % size == 0))
         end = np.append(begin, len(wanted))[1:]
-        chunk_of, first = (part.tolist() for part in np.divmod(wanted[begin], size))
-        pieces = [(at, into[a:b]) for at, a, b in zip(first, begin.tolist(), end.tolist(), strict=True)]
-        order = sorted(range(len(pieces)), key=chunk_of.__getitem__)
-        for chunk, runs in itertools.groupby(order, key=chunk_of.__getitem__):
-            chunks.copy(chunk, [pieces[i] for i in runs])
+        chunk_of, first = np.divmod(wanted[begin], size)
+        order = np.argsort(chunk_of, kind="stable")
+        row_bytes = self.d_model * out.itemsize
+        into = out.view(torch.uint8).numpy().reshape(-1).data  # a memoryview, whose slices cost least
+        runs = zip(
+            chunk_of[order].tolist(),
+            (first[order] * row_bytes).tolist(),
+            (begin[order] * row_bytes).tolist(),
+            (end[order] * row_bytes).tolist(),
+            strict=True,
+        )
+        for chunk, of_chunk in itertools.groupby(runs, key=operator.itemgetter(0)):
+            chunks.copy(chunk, [(at, into[a:b]) for _, at, a, b in of_chunk])
         return out
 
     def tokens_at(self, rows: Int64Array) -> npt.NDArray[np.int32]:
         """Copy of the token ids of ``rows``, as ``tokens[rows]`` is.
 
-        Through a map that is given up again: what is read of `tokens` counts as the process's memory ever after, in
-        the end 4 bytes for each row of the store.
+        Where `tokens` is large, through a map that is given up again: what is read of `tokens` counts as the process's
+        memory ever after, in the end 4 bytes for each row of the store.
         """
+        if self.tokens.nbytes <= FEW_BYTES:
+            return self.tokens[rows]
         ids: npt.NDArray[np.int32] = map_index(self.path, TOKENS, self.n_rows)[rows]
         return ids
 

@@ -12,7 +12,7 @@ import os
 import random
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,9 @@ from tcsae.store.errors import ConfigError, RemoteError
 Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
+
+LISTED_BYTES = 1000
+"""about what a listing says of a file"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,13 +150,30 @@ class RemoteFolder:
             return False
         return True
 
-    def _call(self, method: str, timeout: float, *arguments: Any) -> Any:
+    def sizes(self, names: Sequence[str]) -> list[int] | None:
+        """Bytes of each file, by a listing; None if there is none, as over http, or one of them is not in it."""
+        if self.is_read_only:
+            return None
+
+        def find(path: str, timeout: float) -> dict[str, Any]:
+            found: dict[str, Any] = self._call("find", timeout, path, detail=True)
+            return found
+
+        try:
+            listed = self._patiently("list", "", find, LISTED_BYTES * len(names))
+            return [int(listed[f"{self._root.rstrip('/')}/{name}"]["size"]) for name in names]
+        except (RemoteError, KeyError):
+            return None
+
+    def _call(self, method: str, timeout: float, *arguments: Any, **options: Any) -> Any:
         """Call a method of the file system, with a time limit where it can be cut off."""
         if not getattr(self._files, "async_impl", False):
-            return getattr(self._files, method)(*arguments)
+            return getattr(self._files, method)(*arguments, **options)
         from fsspec.asyn import sync
 
-        return sync(self._files.loop, getattr(self._files, f"_{method}"), *arguments, timeout=timeout)
+        return sync(
+            self._files.loop, getattr(self._files, f"_{method}"), *arguments, timeout=timeout, **options
+        )
 
     def _patiently(self, verb: str, name: str, work: Callable[[str, float], Result], n_bytes: int) -> Result:
         patience = self.transfer

@@ -13,7 +13,7 @@ TABLE_MARGIN = 2**20
 """bytes for the metadata files of a store"""
 
 CODEC_MARGIN = 1.05
-"""A codec's ratio is measured on a sample; the whole store may compress this much worse."""
+"""A codec's ratio is measured on a sample; where no file's size is known, the whole may compress this much worse."""
 
 
 def hook_bytes(made: Provenance, n_rows: int) -> int:

@@ -101,7 +101,7 @@ def copy_files(source: Source, target: End, dst: Place, *, resume: bool) -> Move
 
     # What is in the way is said below; what does not fit leaves nothing behind.
     if isinstance(target, LocalEnd) and (resume or not target.path.exists()):
-        _check_space(target.path, made, list(expected))
+        _check_space(target.path, source, list(expected))
     with target.held() as check:
         _begin(target, source, dst, resume=resume)
         done = list(_in_threads(copy, [*table_files(made), *expected], f"copy to {dst}"))
@@ -115,13 +115,20 @@ def copy_files(source: Source, target: End, dst: Place, *, resume: bool) -> Move
     )
 
 
-def _check_space(path: Path, made: Provenance, names: list[str]) -> None:
-    """Raise `DiskFull`, with the numbers, unless the chunk files that are not there yet fit on the disk."""
+def _check_space(path: Path, source: Source, names: list[str]) -> None:
+    """Raise `DiskFull`, with the numbers, unless the chunk files that are not there yet fit on the disk.
+
+    The sizes of compressed ones are the source's where it tells them, and otherwise what their ratio lets expect.
+    """
+    made = source.made
+    sizes = source.end.sizes(names) if made.codec != "raw" else None
+    n_rows = len(names) // len(made.hooks) * made.rows_per_chunk
+    in_all = stored_bytes(made, n_rows) if sizes is None else sum(sizes)
     there = 0
     for name in names:
         with suppress(FileNotFoundError):
             there += (path / name).stat().st_size
-    needed = stored_bytes(made, len(names) // len(made.hooks) * made.rows_per_chunk) - there
+    needed = in_all - there
     if needed > free_bytes(path):
         raise DiskFull(
             f"{path}: expected {needed:,} bytes free for {len(names):,} chunks, got {free_bytes(path):,}; free some "

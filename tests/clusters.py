@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 
 import psutil
 
@@ -86,6 +88,80 @@ def dask_cluster(
             if child.is_running():
                 child.kill()
         psutil.wait_procs(below, timeout=10)
+
+
+def holding(folder: Path, module: str, function: str) -> Path:
+    """A script for workers in ``folder``: the function makes the file ``begun`` there and waits for a file ``go``."""
+    script = folder / "holding.py"
+    script.write_text(
+        f"""
+import time
+from pathlib import Path
+import {module} as module
+
+def holding(whole):
+    def held(*args, **options):
+        Path("begun").touch()
+        while not Path("go").exists():
+            time.sleep(0.01)
+        return whole(*args, **options)
+    return held
+
+if module.{function}.__name__ != "held":  # Dask runs this twice
+    module.{function} = holding(module.{function})
+"""
+    )
+    return script
+
+
+@contextmanager
+def ctrl_c_while_held(folder: Path) -> Iterator[None]:
+    """Interrupt the block, as Ctrl-C would, once a function of `holding` has begun.
+
+    It is let go only when the block has ended; a block that waits for it fails.
+    """
+    go, ended, handler = folder / "go", Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt() -> None:
+        while not (folder / "begun").exists():
+            if ended.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+        if not ended.wait(START_SECONDS):
+            go.touch()
+
+    interrupter = Thread(target=interrupt)
+    interrupter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        interrupter.join()
+        signal.signal(signal.SIGINT, handler)
+        assert not go.exists(), "Ctrl-C waited for the task that was running"
+        go.touch()
+
+
+def asked_of_workers(cluster: DaskCluster, question: str) -> list[object]:
+    """What each worker answers to a Python expression."""
+    from dask.distributed import Client
+
+    with Client(cluster.address) as client:
+        return list(client.run(eval, question).values())
+
+
+def objects_of(type_name: str) -> str:
+    """The question how many objects of a type there are, those in cycles that nothing leads to excepted."""
+    listed = "__import__('gc').collect() * [] or __import__('gc').get_objects()"
+    return f"sum(type(one).__name__ == {type_name!r} for one in {listed})"
+
+
+def until_workers_say(cluster: DaskCluster, question: str, answer: object) -> None:
+    """Wait until all workers answer so."""
+    until = time.monotonic() + START_SECONDS
+    while asked_of_workers(cluster, question) != [answer] * len(cluster.starters):
+        assert time.monotonic() < until, question
+        time.sleep(0.1)
 
 
 def _address(known: Path, scheduler: subprocess.Popen[bytes]) -> str:

@@ -14,6 +14,7 @@ from tcsae.train.average import WeightAverage
 from tcsae.train.batches import Rows
 from tcsae.train.config import ArmConfig
 from tcsae.train.losses import Contrast, auxiliary
+from tcsae.train.optimizer import adam
 from tcsae.train.pairs import Pairs
 from tcsae.train.precision import Linear
 from tcsae.train.resample import resample, resampling_is_due
@@ -26,8 +27,6 @@ from tcsae.train.slices import auxiliary_addend, losses_addend, temporal_addend,
 from tcsae.train.temporal import temporal_term
 from tcsae.train.window_reader import RESAMPLE, random_stream
 from tcsae.train.world import ALONE, World
-
-BETAS = (0.9, 0.999)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +53,7 @@ class Arm:
         self.config, self.seed, self.world = config, seed, world
         self.sae = build(d_model, config, seed).to(device)
         self.sae.world = world
-        self.optimizer = torch.optim.Adam(
-            self.sae.parameters(), lr=config.learning_rate, betas=BETAS, fused=True
-        )
+        self.optimizer = adam(list(self.sae.parameters()), config.learning_rate)
         self.average = WeightAverage(self.sae, config.average_decay) if config.average_decay > 0 else None
         self.resampled = torch.zeros((), dtype=torch.int64)
         """features that have begun anew so far, each time counted"""
@@ -103,7 +100,6 @@ class Arm:
         config, sae, world = self.config, self.sae, self.world
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step, around.steps)
-        self.optimizer.zero_grad(set_to_none=True)
 
         weight = batch.valid.float()
         # A batch of outliers alone has a loss of nan, which stops the run; counts must not fail before that.
@@ -145,6 +141,8 @@ class Arm:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
         sae.remove_parallel_gradient()
         self.optimizer.step()
+        # Now, not before the next step: the other arms' gradients come into this memory.
+        self.optimizer.zero_grad(set_to_none=True)
         sae.after_step(coded, n_tokens)
         if resampling_is_due(config, step, around.steps):
             self._resample(batch, coded, step)

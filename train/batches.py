@@ -178,8 +178,9 @@ class WindowLoader:
 
     def _rows(self, read: ReadRows, memory: Memory) -> Rows:
         raw = read.raw.to(self._device)
-        valid = self._valid(raw)
-        x = self.scaler.normalise(raw, memory((len(raw), raw.shape[1]), torch.float32, self._device))
+        x = memory((len(raw), raw.shape[1]), torch.float32, self._device).copy_(raw)
+        valid = self._valid(x)  # norms of float16 take twice the time
+        x = self.scaler.normalise(x, out=x)
         if not valid.all():
             raw[~valid] = 0
             x[~valid] = 0

@@ -154,6 +154,7 @@ class WindowReader:
         self._dtype = TORCH_DTYPES[store.provenance.dtype]
         # A batch is read into one while the one before it is used.
         self._batch_memory = [Memory(), Memory()]
+        self._piece_memory = Memory()
         self._loaded_epoch = -1
 
     def batch(self, place: Place) -> tuple[ReadRows, Place]:
@@ -181,7 +182,7 @@ class WindowReader:
         A piece is as long as a window and contiguous. Contexts of a window or more are drawn so that each
         gives tokens in proportion to its positions from ``min_position`` on; within a context those near its
         ends are in fewer pieces. The surplus makes up for outliers and special tokens. For stores with
-        `most_eligible` > 0.
+        `most_eligible` > 0. Its activations are overwritten by the next call.
         """
         stream = random_stream(self._seed, RING, step)
         n_pieces = math.ceil(1.5 * n / self._eligible_per_piece)
@@ -190,7 +191,7 @@ class WindowReader:
         last = self._lengths[which] - self._window
         first = np.minimum(self._min_position, last)
         starts = self._store.context_offsets[self._contexts[which]] + stream.integers(first, last + 1)
-        return self._read(starts, self._contexts[which], Memory())
+        return self._read(starts, self._contexts[which], self._piece_memory)
 
     def sample(self, n: int) -> ReadRows:
         """About ``n`` random tokens of the train split in windows, the same at every call.
@@ -229,5 +230,7 @@ class WindowReader:
         document = self._store.document_of_context[per_token]
         position = rows - self._store.context_offsets[per_token]
         token = self._store.tokens_at(rows)
-        allowed = (position >= self._min_position) & ~np.isin(token, self._special)
+        allowed = position >= self._min_position
+        for special in self._special:  # a handful: `np.isin` sorts
+            allowed &= token != special
         return ReadRows(raw, document, self._source[document], position, token, allowed)

@@ -6,14 +6,18 @@ versions of transformer_lens. One argument, a JSON object with
     home           a folder that holds the model at EleutherAI/pythia-70m: HookedTransformer takes only names that it
                    knows, and seen from there that one is a local folder, so no hub is asked
     tokens         .npy of token ids [sequence, position]: a pretokenised dataset, its faster way
+    text           .jsonl whose rows' "text" has at least as many sequences, which the runner is to tokenise itself
     hooks          {kind of model: names of the hooks there}
     batch_size, threads, scratch
     clock          name of the function of time that is read: perf_counter, or process_time, the processor's time
     precision      dtype of the model; activations are stored in float32, since its datasets know no bfloat16
 
-Once the models are loaded it writes one line, ``{"ready": versions}``. Then, for each line ``[kind, hook]`` that it
-reads, it runs that runner into an empty folder and writes ``{"seconds": ..., "model": ...}``: the whole of run() and
-the part of it in the model. Both are timed from outside; nothing of SAELens is changed.
+Once the models are loaded it writes one line, ``{"ready": versions}``. Then, for each line ``[kind, hook, way]`` that
+it reads, it runs that runner, from the first sequence on, into an empty folder and writes ``{"seconds": ...,
+"model": ...}``: the whole of run() and the part of it in the model. Both are timed from outside; nothing of SAELens is
+changed.
+``way`` is "tokens", which spares it what it can be spared, or "text": as it comes, its prepended BOS and its shuffle
+left as they are by default.
 """
 
 from __future__ import annotations
@@ -61,7 +65,15 @@ def serve(asked: dict[str, Any], answers: Any) -> None:
     into = Path(asked["scratch"])
     clock = getattr(time, asked["clock"])
 
-    def runner(kind: str, hook: str) -> CacheActivationsRunner:
+    rows = [json.loads(line) for line in Path(asked["text"]).read_text(encoding="utf-8").splitlines()]
+    sources = {
+        "tokens": datasets.Dataset.from_dict({"tokens": ids.tolist()}),
+        "text": datasets.Dataset.from_dict({"text": [row["text"] for row in rows]}),
+    }
+    # the given sequences have their BOS
+    spared = {"tokens": {"prepend_bos": False, "shuffle": False}, "text": {}}
+
+    def runner(kind: str, hook: str, way: str) -> CacheActivationsRunner:
         config = CacheActivationsRunnerConfig(
             dataset_path="given as an object",
             model_name=MODEL,
@@ -72,24 +84,26 @@ def serve(asked: dict[str, Any], answers: Any) -> None:
             d_in=d_model,
             training_tokens=ids.size,
             context_size=context_size,
-            prepend_bos=False,  # the given sequences have theirs
             new_cached_activations_path=str(into),
             # a buffer is filled whatever training_tokens says, so it is to hold the tokens exactly
             buffer_size_gb=(ids.size * d_model * 4 + 0.5) / 1e9,
             dtype="float32",
             device="cpu",
-            shuffle=False,
+            **spared[way],
         )
-        return CacheActivationsRunner(
-            config, override_dataset=datasets.Dataset.from_dict({"tokens": ids.tolist()})
-        )
+        return CacheActivationsRunner(config, override_dataset=sources[way])
 
-    runners = {(kind, hook): runner(kind, hook) for kind, hooks in asked["hooks"].items() for hook in hooks}
+    runners = {
+        (kind, hook, way): runner(kind, hook, way)
+        for kind, hooks in asked["hooks"].items()
+        for hook in hooks
+        for way in (sources if hook == hooks[-1] else ["tokens"])
+    }
     names = ("sae-lens", "transformer-lens", "transformers", "torch")
     print(json.dumps({"ready": {name: version(name) for name in names}}), file=answers, flush=True)
     for line in sys.stdin:
-        kind, hook = json.loads(line)
-        one = runners[kind, hook]
+        one = runners[tuple(json.loads(line))]
+        one.activations_store.iterable_sequences = one.activations_store._iterate_tokenized_sequences()
         shutil.rmtree(into, ignore_errors=True)
         inside = [0.0]
         run_with_cache = type(one.model).run_with_cache

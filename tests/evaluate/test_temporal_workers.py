@@ -29,12 +29,19 @@ from tcsae.evaluate.temporal_workers import (
     PartSums,
     PartTask,
     count_part,
-    release,
     temporal_sums_on_workers,
 )
 from tcsae.store import ActivationStore
 from tcsae.store.errors import ConfigError
-from tcsae.tests.clusters import DaskCluster, dask_cluster
+from tcsae.store.kept import Kept
+from tcsae.tests.clusters import (
+    DaskCluster,
+    ctrl_c_while_held,
+    dask_cluster,
+    holding,
+    objects_of,
+    until_workers_say,
+)
 
 from .small_runs import D_MODEL, D_SAE, HOOK, an_sae, run_of, same
 
@@ -59,9 +66,8 @@ def held_out(make_store: StoreFactory) -> HeldOut:
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    yield
-    release()
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(temporal_workers, "_kept", Kept())
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +161,21 @@ def test_an_evaluation_on_a_scheduler_writes_the_figures_of_one_process(
         assert file.read_bytes() == (tmp_path / "shared" / "features" / file.name).read_bytes()
 
 
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_a_schedulers_workers_and_they_keep_nothing_after_it(
+    held_out: HeldOut, tmp_path: Path
+) -> None:
+    script = holding(tmp_path, "tcsae.evaluate.temporal_workers", "codes_of")
+    with dask_cluster(tmp_path, nanny=False, preload=[script]) as cluster:
+        with pytest.raises(KeyboardInterrupt), ctrl_c_while_held(tmp_path):
+            on_workers(held_out, tmp_path / "out", scheduler=cluster.address)
+        kept = "__import__('tcsae.evaluate.temporal_workers', fromlist=['_'])._kept.is_empty"
+        until_workers_say(cluster, kept, True)
+        until_workers_say(cluster, objects_of("SAEEncoder"), 0)
+        again = on_workers(held_out, tmp_path / "out", scheduler=cluster.address)
+    assert same(again.sums, temporal_sums(SAEEncoder(an_sae()), held_out, seed=0))
+
+
 def test_a_scheduler_that_does_not_answer_is_refused_before_anything_is_measured(
     held_out: HeldOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +187,7 @@ def test_a_scheduler_that_does_not_answer_is_refused_before_anything_is_measured
 
 
 def test_a_worker_that_outlived_one_evaluation_takes_the_next_ones_encoder(
-    held_out: HeldOut, tmp_path: Path
+    held_out: HeldOut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
 
@@ -178,7 +199,7 @@ def test_a_worker_that_outlived_one_evaluation_takes_the_next_ones_encoder(
     first_part(SAEEncoder(an_sae()))  # nobody tells this process, as a worker, to release it
     other = SAEEncoder(an_sae(b_enc=torch.full((D_SAE,), 0.3)))
     after = first_part(other)
-    release()
+    monkeypatch.setattr(temporal_workers, "_kept", Kept())
     assert np.array_equal(after.values, first_part(other).values)
 
 

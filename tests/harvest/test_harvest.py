@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.harvest import HarvestConfig, LanguageModel, dry_run, harvest, load_model, plan, read_corpus, run
+from tcsae.harvest import (
+    HarvestConfig,
+    LanguageModel,
+    dry_run,
+    dryrun,
+    harvest,
+    load_model,
+    plan,
+    read_corpus,
+    resume,
+    run,
+)
 from tcsae.store import ActivationStore
 from tcsae.store.errors import (
     ActivationError,
@@ -44,8 +55,8 @@ def models_already_loaded(
         )
         return found
 
-    monkeypatch.setattr(run, "load_model", load)
-    monkeypatch.setattr(plan, "load_model", load)
+    for module in (run, resume, dryrun):
+        monkeypatch.setattr(module, "load_model", load)
 
 
 # --------------------------------------------------------------------- what the store holds
@@ -239,7 +250,7 @@ def test_sigterm_says_how_to_resume_and_keeps_the_finished_chunks(
 def test_resuming_a_finished_store_computes_nothing_and_loads_no_model(
     reference: ActivationStore, config: HarvestConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "load_model", None)
+    monkeypatch.setattr(resume, "load_model", None)
     before = hashes(reference.path)
     summary = harvest(replace(config, resume=True))
     assert (summary.computed_chunks, summary.rows) == (0, reference.n_rows)
@@ -276,13 +287,13 @@ def test_a_store_is_not_overwritten(config: HarvestConfig) -> None:
 def test_a_folder_with_other_things_is_refused_before_the_model_is_loaded(
     config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "load_model", None)
-    monkeypatch.setattr(plan, "load_model", None)
+    for module in (run, resume, dryrun):
+        monkeypatch.setattr(module, "load_model", None)
     (tmp_path / "thesis.tex").write_text("precious")
     for refused in (harvest, dry_run):
-        for resume in (False, True):
+        for going_on in (False, True):
             with pytest.raises(StoreExists, match="is not a store"):
-                refused(replace(config, store=tmp_path, resume=resume))
+                refused(replace(config, store=tmp_path, resume=going_on))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

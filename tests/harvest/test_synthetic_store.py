@@ -99,12 +99,24 @@ def test_rows_do_not_depend_on_where_chunks_begin(synthetic, synthetic_config, t
 
 def test_another_corpus_is_refused_on_resuming_and_so_is_another_rounding(copy, synthetic_config):
     changed = replace(synthetic_config, store=copy, resume=True, corpus=f"{CORPUS},seed=3")
-    with pytest.raises(StoreMismatch, match="begun with other parameters: seed: begun with 0, now 3; resume"):
-        harvest(changed)
+    for refused in (dry_run, harvest):
+        with pytest.raises(StoreMismatch, match="other parameters: seed: begun with 0, now 3; resume"):
+            refused(changed)
     next((copy / "activations" / "synthetic" / "c").iterdir()).joinpath("0").unlink()
     edit_root(copy, first_batch_sha256="0" * 64)
-    with pytest.raises(StoreMismatch, match="begun on a machine that rounds differently"):
-        harvest(replace(synthetic_config, store=copy, resume=True))
+    for refused in (dry_run, harvest):
+        with pytest.raises(StoreMismatch, match="begun on a machine that rounds differently"):
+            refused(replace(synthetic_config, store=copy, resume=True))
+
+
+def test_a_dry_run_of_a_resume_draws_no_plan_and_counts_what_is_missing(copy, synthetic_config, monkeypatch):
+    mine = replace(synthetic_config, store=copy, resume=True)
+    (copy / "activations" / "synthetic" / "c" / "3" / "0").unlink()
+    monkeypatch.setattr("tcsae.harvest.dryrun.synthetic_plan", None)
+    found = dry_run(mine)
+    assert (found.rows, found.chunks, found.missing_chunks) == (1500, 5, 1)
+    assert found.seconds * found.tokens_per_second == pytest.approx(320)
+    assert harvest(mine).computed_chunks == 1
 
 
 def test_a_dry_run_says_what_would_be_and_writes_nothing(synthetic_config, tmp_path):

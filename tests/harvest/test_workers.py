@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,8 +26,10 @@ from safetensors.torch import load_file, save_file
 from tcsae.harvest import HarvestConfig, LanguageModel, harvest, workers
 from tcsae.harvest.workers import ChunkTask, compute_chunk, fingerprint
 from tcsae.store import ActivationStore, StoreWriter
-from tcsae.store.errors import ActivationError, ConfigError, StoreMismatch
+from tcsae.store.errors import ActivationError, ConfigError, Interrupted, StoreMismatch
 from tcsae.store.index import read_layout
+from tcsae.store.kept import Kept
+from tcsae.tests.clusters import ctrl_c_while_held, dask_cluster, holding, objects_of, until_workers_say
 from tcsae.tests.fixtures import HOOKS, hashes, save_neox
 
 
@@ -45,15 +49,14 @@ def scheduler() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    yield
-    workers.release()
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_kept", Kept())
 
 
 def tasks_of(config: HarvestConfig, reference: ActivationStore, neox: LanguageModel) -> list[ChunkTask]:
     known = fingerprint(config, neox, read_layout(reference.path))
     n_chunks = -(-reference.n_rows // config.rows_per_chunk)
-    return [ChunkTask(config, reference.provenance, known, chunk) for chunk in range(n_chunks)]
+    return [ChunkTask("one", config, reference.provenance, known, chunk) for chunk in range(n_chunks)]
 
 
 def spawned(process: psutil.Process) -> list[psutil.Process]:
@@ -216,3 +219,48 @@ def test_ctrl_c_ends_the_workers_and_says_how_to_resume(config: HarvestConfig, t
     assert "Traceback" not in errors
     _, alive = psutil.wait_procs(workers_of, timeout=10)
     assert not alive
+
+
+KEPT = "__import__('tcsae.harvest.workers', fromlist=['_'])._kept.is_empty"
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_a_schedulers_workers_and_they_neither_write_nor_keep_anything_after_it(
+    reference: ActivationStore, config: HarvestConfig, tmp_path: Path
+) -> None:
+    mine = replace(config, store=tmp_path / "s.zarr")
+    script = holding(tmp_path, "tcsae.harvest.workers", "run_chunk")
+    with dask_cluster(tmp_path, nanny=False, preload=[script]) as cluster:
+        with pytest.raises(Interrupted, match="--resume"), ctrl_c_while_held(tmp_path):
+            harvest(replace(mine, scheduler=cluster.address))
+        left = hashes(mine.store)
+        until_workers_say(cluster, KEPT, True)
+        until_workers_say(cluster, objects_of("LanguageModel"), 0)
+        assert hashes(mine.store) == left
+        harvest(replace(mine, scheduler=cluster.address, resume=True))
+    assert hashes(mine.store) == hashes(reference.path)
+
+
+def test_a_chunk_is_not_written_when_its_harvest_is_over_by_then(
+    reference: ActivationStore,
+    config: HarvestConfig,
+    neox: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine = replace(config, store=tmp_path / "s.zarr")
+    shutil.copytree(reference.path, mine.store)
+    shutil.rmtree(mine.store / "activations" / HOOKS[0] / "c")
+    task = tasks_of(mine, reference, neox)[0]
+    whole = workers.run_chunk
+
+    def then_over(*args: Any, **options: Any) -> Any:
+        rows = whole(*args, **options)
+        workers.release(task.run)
+        return rows
+
+    monkeypatch.setattr(workers, "run_chunk", then_over)
+    before = hashes(mine.store)
+    with pytest.raises(Interrupted, match="is over"):
+        compute_chunk(task)
+    assert hashes(mine.store) == before

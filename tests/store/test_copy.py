@@ -250,6 +250,52 @@ def test_a_whole_copy_that_does_not_fit_is_refused_with_the_numbers_but_for_what
     assert copy_store(store.path, tmp_path / "copy", resume=True).kept > 0
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["folder", "URL"])
+def test_a_copy_of_a_compressed_store_needs_the_bytes_of_its_chunks_and_not_one_more(
+    store, tmp_path, monkeypatch, elsewhere
+):
+    small = tmp_path / "small.zarr"
+    copy_store(store.path, small, codec="lossless")
+    whole = sum(len(c) for name, c in contents(small).items() if "/c/" in name and "activ" in name)
+    source = "memory://exact/small.zarr" if elsewhere else small
+    try:
+        if elsewhere:
+            copy_store(small, source)
+        monkeypatch.setattr("tcsae.store.transfer.free_bytes", lambda path: whole - 1)
+        with pytest.raises(DiskFull, match=f"copy: expected {whole:,} bytes free .* got {whole - 1:,};"):
+            copy_store(source, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+        monkeypatch.setattr("tcsae.store.transfer.free_bytes", lambda path: whole)
+        copy_store(source, tmp_path / "copy")
+        assert contents(tmp_path / "copy") == contents(small)
+    finally:
+        if elsewhere:
+            fsspec.filesystem("memory").rm("/exact", recursive=True)
+
+
+def test_where_the_sizes_cannot_be_listed_a_compressed_store_is_expected_by_its_ratio_with_a_margin(
+    store, tmp_path, monkeypatch
+):
+    def refused(self, path, **options):
+        raise PermissionError("no listing")
+
+    copy_store(store.path, tmp_path / "small.zarr", codec="int8")
+    effect = ActivationStore.open(tmp_path / "small.zarr").provenance.codec_effect
+    # of each hook four chunks of 300 rows of 16 dimensions in float16 and a checksum, and a twentieth more
+    expected = sum(int(4 * (300 * 16 * 2 + 4) / effect[hook]["ratio"] * 1.05) for hook in HOOKS)
+    try:
+        copy_store(tmp_path / "small.zarr", "memory://unlisted/small.zarr")
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), "find", refused)
+        monkeypatch.setattr("tcsae.store.transfer.free_bytes", lambda path: expected - 1)
+        with pytest.raises(DiskFull, match=f"expected {expected:,} bytes free"):
+            copy_store("memory://unlisted/small.zarr", tmp_path / "copy")
+        monkeypatch.setattr("tcsae.store.transfer.free_bytes", lambda path: expected)
+        copy_store("memory://unlisted/small.zarr", tmp_path / "copy")
+    finally:
+        monkeypatch.undo()
+        fsspec.filesystem("memory").rm("/unlisted", recursive=True)
+
+
 def test_a_recoded_copy_that_does_not_fit_is_refused_with_the_numbers(store, tmp_path, monkeypatch):
     # three chunks of 300 rows of 16 dimensions in float16 and a checksum for each of two hooks, and the tables
     chunks = 2 * 3 * (300 * 16 * 2 + 4)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
 import pytest
 import torch
+from dask.distributed import Future
 
 from tcsae.store import StoreWriter, parallel
 from tcsae.store.errors import ConfigError, TcsaeError, WorkersLost
 from tcsae.store.parallel import HERE, Pool, map_tasks, task_pool
-from tcsae.tests.clusters import dask_cluster
+from tcsae.tests.clusters import DaskCluster, dask_cluster
 from tcsae.tests.fixtures import hashes
 
 
@@ -89,6 +94,71 @@ def test_the_loss_of_the_last_worker_or_of_the_scheduler_is_one_line(
             next(found)
         assert str(caught.value).startswith(f"scheduler {cluster.address}: ")
         assert "\n" not in str(caught.value)
+
+
+def lose_the_scheduler(cluster: DaskCluster, future: Future) -> None:
+    """Kill it, and wait until the client has seen it."""
+    cluster.scheduler.kill()
+    until = time.monotonic() + 60
+    while not future.cancelled():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def lose_the_scheduler_while_it_is_asked(cluster: DaskCluster, future: Future) -> None:
+    """Let it take the question without answering, and kill it then."""
+    cluster.scheduler.suspend()
+    Timer(1, cluster.scheduler.kill).start()
+
+
+def lose_the_worker(cluster: DaskCluster, future: Future) -> None:
+    """Kill the only one, which holds the result."""
+    cluster.workers()[0].kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lose", "patience", "message"),
+    [
+        (lose_the_scheduler, 60, "got no connection any more; start one and run again"),
+        (lose_the_scheduler_while_it_is_asked, 60, "got no connection any more; start one and run again"),
+        (lose_the_worker, 5, "expected at least one living worker, got none for 5 s"),
+    ],
+    ids=["scheduler", "scheduler, asked for the result", "worker"],
+)
+def test_a_loss_between_the_end_of_a_task_and_the_arrival_of_its_result_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lose: Callable[[DaskCluster, Future], None],
+    patience: int,
+    message: str,
+):
+    finished = parallel._finished
+
+    def finished_then_lost(*looked_at: Any) -> set[Future]:
+        (future,) = found = finished(*looked_at)
+        assert future.status == "finished"
+        monkeypatch.setattr(parallel, "WORKER_SECONDS", patience)
+        lose(cluster, future)
+        return found
+
+    monkeypatch.setattr(parallel, "_finished", finished_then_lost)
+    with dask_cluster(tmp_path, nanny=False) as cluster:
+        with pytest.raises(WorkersLost, match=message) as caught:
+            list(map_tasks(abs, [-1], scheduler=cluster.address))
+        assert str(caught.value).startswith(f"scheduler {cluster.address}: ")
+        assert "\n" not in str(caught.value)
+    del caught
+    gc.collect()  # which is when asyncio tells of errors that nobody has asked for
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_what_a_task_raises_itself_is_no_loss(tmp_path: Path):
+    with dask_cluster(tmp_path, nanny=False) as cluster:
+        for error in (TimeoutError, FileNotFoundError, ConnectionResetError):
+            with pytest.raises(error, match="^its own$"):
+                list(map_tasks(exec, [f"raise {error.__name__}('its own')"], scheduler=cluster.address))
 
 
 @pytest.mark.slow

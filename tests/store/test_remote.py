@@ -167,7 +167,7 @@ def test_a_chunk_that_is_removed_just_before_it_is_mapped_again_is_fetched_again
     removed = []
 
     def remove_first(path, made):
-        path.unlink()
+        Path(path).unlink()
         removed.append(path)
         return map_chunk(path, made)
 
@@ -436,6 +436,17 @@ def test_a_claim_from_the_future_says_that_the_clocks_differ(s3):
         claimed(folder),
     ):
         pass
+
+
+def test_a_bucket_tells_the_sizes_of_its_files_and_http_does_not(store, serve, s3):
+    copy_store(store.path, f"{s3}/sizes/store.zarr", transfer=QUICK)
+    # three chunks of 300 rows of 16 dimensions in float16, and a fourth that is padded to that, with their checksums
+    names = [f"activations/{HOOK}/c/{number}/0" for number in range(4)]
+    folder = RemoteFolder(f"{s3}/sizes/store.zarr", QUICK)
+    assert folder.sizes([*names, "zarr.json"]) == [9604] * 4 + [(store.path / "zarr.json").stat().st_size]
+    assert folder.sizes([*names, "absent"]) is None
+    assert RemoteFolder(f"{s3}/absent/store.zarr", QUICK).sizes(names) is None
+    assert RemoteFolder(f"{serve().url}/store.zarr", QUICK).sizes(names) is None
 
 
 @pytest.mark.parametrize("changes", [{"seen": float("inf")}, {"seen": float("nan")}, {"pid": float("inf")}])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tcsae.train.sae.select import Block, keep_largest
+from tcsae.train.sae.select import SAMPLED, Block, keep_largest
 
 BLOCKS = (Block(0, 6, 2), Block(6, 20, 3))
 
@@ -24,6 +24,16 @@ def test_each_block_keeps_its_budget_of_largest_entries_whatever_the_guess(guess
         assert torch.equal(code[:, block.start : block.stop], expected)
     order = kept.token * 20 + kept.feature
     assert torch.equal(order, order.sort().values)
+
+
+@pytest.mark.parametrize("louder", [1.0, 50.0, 0.02], ids=["like the rest", "far louder", "far quieter"])
+def test_a_sample_that_misleads_changes_nothing(louder: float) -> None:
+    pre = torch.randn(64, 20, generator=torch.Generator().manual_seed(1))
+    pre[::SAMPLED] *= louder
+    kept = keep_largest(pre, (Block(0, 20, 3),), 64, (0.0,))
+    largest = pre.flatten().sort(descending=True).values[: 64 * 3]
+    assert kept.thresholds == (largest[-1],)
+    assert torch.equal(kept.values.sort(descending=True).values, largest)
 
 
 def test_without_enough_positive_entries_all_of_them_are_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,12 @@ from tcsae.train.world import ALONE, World
 
 PIECE = 2**19
 """entries compared at once on the CPU: a piece and what becomes of it stay in the cache"""
+
+SAMPLED = 16
+"""one token in so many tells where the threshold is when the guess does not"""
+
+MARGIN = 0.85
+"""share of the sample's threshold that the whole batch's is probably above"""
 
 
 class Block(NamedTuple):
@@ -55,8 +62,8 @@ def keep_largest(
         tokens that count, for the budget
     guess
         a bound for each block that the answer's threshold probably exceeds, ≥ 0. Entries above it are
-        candidates and only they are ranked; where they are too few, all positive entries are. The result
-        does not depend on it.
+        candidates and only they are ranked; where they are too few, those above a bound that a sample of the
+        tokens suggests are, and in the end all positive ones, half of a batch. The result does not depend on it.
     world
         where it has several processes, ``pre`` and ``n_tokens`` are of one slice of a batch; the budget and
         the thresholds are those of the whole batch, the entries returned those of the slice
@@ -67,15 +74,29 @@ def keep_largest(
     ([0, 1, 1, 1], [0, 0, 1, 2], [3.0, 2.0, 1.0, 4.0], (2.0, 1.0))
     """
     n_tokens = int(world.totals(n_tokens)[0])
-    entry, values = _above(pre, blocks, guess)
-    bounds, enough = _thresholds(entry % pre.shape[1], values, blocks, n_tokens, world)
-    if not enough and any(guess):
-        entry, values = _above(pre, blocks, (0.0,) * len(blocks))
-        bounds, _ = _thresholds(entry % pre.shape[1], values, blocks, n_tokens, world)
+    for low in _lower_and_lower(pre, blocks, n_tokens, guess, world):
+        entry, values = _above(pre, blocks, low)
+        bounds, enough = _thresholds(entry % pre.shape[1], values, blocks, n_tokens, world)
+        if enough:
+            break
     bound = _per_feature(bounds, blocks, values).index_select(0, entry % pre.shape[1])
     kept = (values >= bound).nonzero().flatten()
     entry = entry.index_select(0, kept)
     return Selected(entry // pre.shape[1], entry % pre.shape[1], values.index_select(0, kept), bounds)
+
+
+def _lower_and_lower(
+    pre: Tensor, blocks: tuple[Block, ...], n_tokens: int, guess: tuple[float, ...], world: World
+) -> Iterator[tuple[float, ...]]:
+    """Bounds for candidates, the same on every rank: the guess, what a sample suggests, 0."""
+    none = (0.0,) * len(blocks)
+    if any(guess):
+        yield guess
+    entry, values = _above(pre[::SAMPLED], blocks, none)
+    sampled, _ = _thresholds(entry % pre.shape[1], values, blocks, max(n_tokens // SAMPLED, 1), world)
+    if any(sampled):
+        yield tuple(MARGIN * bound for bound in sampled)
+    yield none
 
 
 def _above(pre: Tensor, blocks: tuple[Block, ...], low: tuple[float, ...]) -> tuple[Tensor, Tensor]:
