@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tcsae.store import ActivationStore
 
 NOTHING_BEGUN = "interrupted before anything was begun"
+INTERRUPTED = "interrupted; nothing is left half-done, run the same command again"
+"""Where a command has nothing of its own to say: before its work or after it."""
 
 
 @contextmanager
@@ -108,7 +110,12 @@ def main() -> None:
             raise
         _end(line, 1)
     except KeyboardInterrupt:
-        _end(NOTHING_BEGUN, 130)
+        _end(INTERRUPTED, 130)
+    except SystemExit as ended:
+        # so typer ends a command at a Ctrl-C that nothing has caught: without a word
+        if ended.code == 130:
+            _end(INTERRUPTED, 130)
+        raise
 
 
 def _line_of(error: OSError) -> str | None:

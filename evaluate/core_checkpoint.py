@@ -1,22 +1,20 @@
 """A replay that was stopped goes on at its next batch: what it had gathered lies beside the results.
 
-One file a hook, ``core/.replay-<hook>.npz``, written every minute and when the call is interrupted, removed once
-every SAE's result is there. It is used if the text, the batches and the settings are the same and all SAEs asked
-for were in it; the figures are then, bit for bit, those of a call that was never stopped.
+One file a hook, ``core/.replay-<hook>.safetensors``, written every minute and when the call is interrupted, removed
+once every SAE's result is there. It is used if the text, the batches and the settings are the same and all SAEs
+asked for were in it; the figures are then, bit for bit, those of a call that was never stopped.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from tcsae.evaluate.core_replay import Replay
-from tcsae.store.atomic import partial_file
+from tcsae.evaluate.saved_arrays import arrays_from_bytes, bytes_of_arrays
+from tcsae.store.atomic import write_atomically
 
 SECONDS_BETWEEN = 60.0
 """Between two checkpoints: their megabytes are nothing beside the batches of a minute."""
@@ -43,14 +41,12 @@ class ReplayCheckpoint:
         if not self._path.is_file():
             return
         try:
-            # opened here, since numpy leaves the file open if it is no archive
-            with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                prints = json.loads(str(file["prints"]))
-                if not set(self._prints) <= set(prints):
-                    return
-                state = {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            state, text = arrays_from_bytes(self._path.read_bytes())
+            prints = json.loads(text)
+        except (OSError, ValueError):
             # damaged, or of another version: nothing is lost but the time
+            return
+        if not set(self._prints) <= set(prints):
             return
         replay.restore(state, [prints.index(one) for one in self._prints])
 
@@ -61,10 +57,7 @@ class ReplayCheckpoint:
 
     def save(self, replay: Replay) -> None:
         """Write the state now."""
-        with partial_file(self._path) as beside, beside.open("wb") as file:
-            np.savez(
-                file, allow_pickle=False, **{"prints": np.array(json.dumps(self._prints)), **replay.state()}
-            )
+        write_atomically(self._path, bytes_of_arrays(replay.state(), json.dumps(self._prints)))
         self._saved_at = time.monotonic()
 
     def remove(self) -> None:

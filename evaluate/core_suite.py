@@ -51,7 +51,7 @@ def _measure_hook(
     text = _text(hook, bench)
     saes = [one.sae.to(bench.device) for one in ones]
     replay = Replay(bench.model, hook, text.mean, saes, text.n_documents, reconstructs=text.held_out is None)
-    checkpoint = ReplayCheckpoint(bench.config.out / "core" / f".replay-{hook}.npz", prints)
+    checkpoint = ReplayCheckpoint(bench.config.out / "core" / f".replay-{hook}.safetensors", prints)
     with progress(text.n_tokens, "token", "core: replay") as bar:
         run_replay(replay, text, checkpoint, bar)
     n_rows = text.held_out.n_tokens if text.held_out is not None else 0

@@ -20,9 +20,9 @@ def unlearning_lines(rows: Sequence[Row]) -> list[str]:
                 continue
             topic = name.removeprefix(PREFIX)
             others = (row.estimates[f"unlearning_{figure}_{topic}"] for figure in ("honest", "control"))
-            honest, control = map(_figure, others)
+            honest, control = map(figure_in_words, others)
             lines.append(
-                f"unlearning, {row.sae}, {topic}: {_figure(score)}; honest {honest}; random features {control}"
+                f"unlearning, {row.sae}, {topic}: {figure_in_words(score)}; honest {honest}; random features {control}"
             )
     if lines:
         lines.append(
@@ -32,7 +32,8 @@ def unlearning_lines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _figure(one: Estimate) -> str:
+def figure_in_words(one: Estimate) -> str:
+    """Value and interval, or why there is none."""
     if one.value is None:
         return one.reason or "undefined"
     if one.low is None or one.high is None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,19 @@ def test_ctrl_c_during_an_import_is_one_line_even_where_a_library_would_swallow_
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "tcsae: interrupted before anything was begun\n"
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_ctrl_c_that_no_command_catches_is_one_line(store, monkeypatch, capsys):
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ActivationStore, "open", interrupted)
+    monkeypatch.setattr(sys, "argv", ["tcsae", "store", "info", str(store)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "tcsae: interrupted; nothing is left half-done, run the same command again\n")
 
 
 def test_wrong_usage_is_exit_2(tmp_path):

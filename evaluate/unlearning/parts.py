@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
 
-import numpy as np
-
+from tcsae.evaluate.saved_arrays import arrays_from_bytes, bytes_of_arrays
 from tcsae.evaluate.unlearning.clamp import Setting
 from tcsae.evaluate.unlearning.score import TopicSums
 from tcsae.store.atomic import write_atomically
@@ -38,7 +36,7 @@ class Parts:
     def _path(self, topic: str) -> Path:
         # a topic may hold any character
         digest = hashlib.sha256(f"{self._fingerprint} {topic}".encode()).hexdigest()
-        return self._folder / f"{digest[:16]}.npz"
+        return self._folder / f"{digest[:16]}.safetensors"
 
     def read(self, topic: str) -> TopicSums | None:
         """The finished topic, None if there is none; `RunError` if its file is damaged."""
@@ -46,21 +44,20 @@ class Parts:
         if not path.is_file():
             return None
         try:
-            with np.load(io.BytesIO(path.read_bytes())) as kept:
-                settings = [
-                    Setting(**(fields | {"features": tuple(fields["features"])}))
-                    for fields in json.loads(str(kept["settings"]))
-                ]
-                return TopicSums(settings=tuple(settings), **{name: kept[name] for name in ARRAYS})
-        except (KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
+            kept, text = arrays_from_bytes(path.read_bytes())
+            settings = [
+                Setting(**(fields | {"features": tuple(fields["features"])})) for fields in json.loads(text)
+            ]
+            arrays: dict[str, Any] = {name: kept[name] for name in ARRAYS}
+            return TopicSums(settings=tuple(settings), **arrays)
+        except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path}: not what tcsae wrote ({error!r}); delete it to measure again") from error
 
     def write(self, topic: str, sums: TopicSums) -> None:
         """Keep a finished topic, whole or not at all."""
-        buffer = io.BytesIO()
         settings = json.dumps([asdict(setting) for setting in sums.settings])
-        np.savez(buffer, settings=np.array(settings), **{name: getattr(sums, name) for name in ARRAYS})
-        write_atomically(self._path(topic), buffer.getvalue())
+        arrays = {name: getattr(sums, name) for name in ARRAYS}
+        write_atomically(self._path(topic), bytes_of_arrays(arrays, settings))
 
     def delete(self) -> None:
         """Remove the folder: the SAE's own result is written."""

@@ -25,7 +25,7 @@ from .test_run import an_sae
 from .test_token_rows import some_ids
 
 Measure = Callable[..., Evaluation]
-CHECKPOINT = f".replay-{HOOK}.npz"
+CHECKPOINT = f".replay-{HOOK}.safetensors"
 
 
 class Killed(BaseException):
@@ -180,3 +180,30 @@ def test_a_damaged_checkpoint_costs_the_time_and_nothing_else(
     begun = stop_at(monkeypatch, 99, Killed)
     assert figures(measure("stopped", "a"), "a-s0") == figures(whole, "a-s0")
     assert len(begun) == 3
+
+
+def test_a_ctrl_c_while_the_checkpoint_is_written_leaves_the_last_one_and_goes_on_from_it(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure("whole", "a", "b")
+    monkeypatch.setattr(core_checkpoint, "SECONDS_BETWEEN", 0.0)
+    write, written = core_checkpoint.write_atomically, []
+
+    def second_is_stopped(path: Path, content: bytes) -> None:
+        if len(written) == 1:
+            # the first only asks the replay to stop at its batch's end, the second does not wait
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        written.append(content)
+        write(path, content)
+
+    monkeypatch.setattr(core_checkpoint, "write_atomically", second_is_stopped)
+    with pytest.raises(Interrupted):
+        measure("stopped", "a", "b")
+    assert (tmp_path / "stopped" / "core" / CHECKPOINT).read_bytes() == written[0]
+    monkeypatch.setattr(core_checkpoint, "write_atomically", write)
+    begun = stop_at(monkeypatch, 99, Killed)
+    resumed = measure("stopped", "a", "b")
+    assert len(begun) == 2
+    for sae in ("a-s0", "b-s0"):
+        assert figures(resumed, sae) == figures(whole, sae)
