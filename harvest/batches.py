@@ -1,14 +1,15 @@
 """One chunk of the store: which contexts it needs, in which batches they run, and where their rows go.
 
-A chunk is computed on its own. The contexts that overlap it are sorted by length and packed into batches,
-so what a batch holds follows from the layout and the batch size alone, never from what has run before: matrix
-products round differently for other shapes, and only so are a resumed store's bytes those of an uninterrupted
-one. A context that crosses a chunk's border runs for both chunks: with 127 rows a context and 16,384 a
-chunk, that is at most 1.6 % of the work.
+A chunk is computed on its own. The contexts that overlap it are sorted by length and cut into batches where
+that leaves the least to compute, so what a batch holds follows from the layout and the batch size alone, never
+from what has run before: matrix products round differently for other shapes, and only so are a resumed store's
+bytes those of an uninterrupted one. A context that crosses a chunk's border runs for both chunks: with 127 rows a
+context and 16,384 a chunk, that is at most 1.6 % of the work.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tcsae.store.layout import Layout
+
+BATCH_COST = 64
+"""What a batch costs beyond its tokens, in tokens: a batch less is worth that much padding. A fit of times over sizes
+gives 40 in float32 and 90 in bfloat16 for SmolLM2 on two cores; between 32 and 128 the work changes by 1 %."""
 
 
 class Batch(NamedTuple):
@@ -66,14 +71,32 @@ def batches_of(layout: Layout, start: int, stop: int, *, batch_tokens: int, has_
     first, last = contexts_of(layout, start, stop)
     lengths = np.diff(layout.context_offsets[first : last + 1]) + has_bos
     order = np.argsort(-lengths, kind="stable")
-    batches: list[Batch] = []
-    at = 0
-    while at < len(order):
-        length = int(lengths[order[at]])
-        count = max(1, batch_tokens // length)
-        batches.append(Batch(first + order[at : at + count], length))
-        at += count
-    return batches
+    cuts = _cuts(lengths[order], batch_tokens)
+    return [Batch(first + order[a:b], int(lengths[order[a]])) for a, b in itertools.pairwise(cuts)]
+
+
+def _cuts(lengths: npt.NDArray[np.int64], batch_tokens: int) -> list[int]:
+    """Where to cut contexts of falling ``lengths``: least padded tokens and `BATCH_COST` a batch.
+
+    A second batch is worth it where it saves more padding than it costs:
+
+    >>> _cuts(np.array([900, 890, 200, 190]), 4096)
+    [0, 2, 4]
+    >>> _cuts(np.array([30, 28, 22, 20]), 4096)
+    [0, 4]
+    """
+    n = len(lengths)
+    cost, begin = np.full(n + 1, np.inf), np.zeros(n + 1, dtype=np.int64)
+    cost[0] = 0.0
+    for at, length in enumerate(lengths.tolist()):
+        ends = slice(at + 1, at + 1 + max(1, batch_tokens // length))
+        with_this = cost[at] + BATCH_COST + length * np.arange(1, len(cost[ends]) + 1)
+        begin[ends] = np.where(with_this < cost[ends], at, begin[ends])
+        cost[ends] = np.minimum(with_this, cost[ends])
+    cuts = [n]
+    while cuts[-1]:
+        cuts.append(int(begin[cuts[-1]]))
+    return cuts[::-1]
 
 
 def padded_tokens(batches: Sequence[Batch]) -> int:

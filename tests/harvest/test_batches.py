@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tcsae.harvest.batches import batches_of, contexts_of, input_ids, padded_tokens, run_chunk
+from tcsae.harvest.batches import BATCH_COST, batches_of, contexts_of, input_ids, padded_tokens, run_chunk
 from tcsae.harvest.tokens import cut, offsets_of
 from tcsae.store import Layout
 from tcsae.store.layout import documents_table
@@ -62,6 +63,33 @@ def test_batches_hold_each_overlapping_context_once_within_the_bound() -> None:
     assert layout.context_offsets[last - 1] < 50 <= layout.context_offsets[last]
     assert all(len(batch.contexts) * batch.length <= 20 for batch in batches)
     assert padded_tokens(batches) <= 20 * len(batches)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_cut_of_the_sorted_contexts_costs_less(seed: int) -> None:
+    stream = np.random.default_rng(seed)
+    lengths = np.sort(stream.integers(1, 900, size=9))[::-1]
+    most = 2000
+
+    def cost(inside: tuple[int, ...]) -> float:
+        cuts = [0, *inside, len(lengths)]
+        batches = [lengths[a:b] for a, b in itertools.pairwise(cuts)]
+        if any(len(batch) > max(1, most // batch[0]) for batch in batches):
+            return np.inf
+        return sum(batch[0] * len(batch) + BATCH_COST for batch in batches)
+
+    offsets = np.r_[0, np.cumsum(lengths)]
+    layout = Layout(
+        np.zeros(offsets[-1], np.int32),
+        offsets,
+        offsets,
+        documents_table({"id": [str(n) for n in range(len(lengths))]}),
+    )
+    batches = batches_of(layout, 0, int(offsets[-1]), batch_tokens=most, has_bos=False)
+    ways = (
+        inside for n in range(len(lengths)) for inside in itertools.combinations(range(1, len(lengths)), n)
+    )
+    assert padded_tokens(batches) + BATCH_COST * len(batches) == min(map(cost, ways))
 
 
 def test_progress_counts_every_row_once() -> None:
