@@ -7,6 +7,7 @@ computed again by anyone, and no two writers ever touch one file.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +40,16 @@ from tcsae.store.planning import locked, refuse_existing, write_plan
 from tcsae.store.spec import CHECKSUMS, PLAIN, TORCH_DTYPES, Provenance
 from tcsae.store.truth import Truth
 
+UNSETTLED = 3
+"""Chunks that may be on their way to the disk at once: it syncs several in hardly more time than one, since the file
+system commits them together. A kill loses at most these and the one that is being made."""
+
 
 class StoreWriter:
     """A store that is being written; one at a time, by `create` or `resume`.
 
-    Their writer syncs a chunk and puts it in its place in a thread of its own, while the caller makes the
-    next chunk. A writer made directly, as a worker's is, has done so when `write` returns.
+    Their writer syncs chunks and puts them in their places in threads of its own, up to `UNSETTLED` at once, while
+    the caller makes the next one. A writer made directly, as a worker's is, has done so when `write` returns.
     """
 
     def __init__(self, path: Path, layout: Layout, provenance: Provenance) -> None:
@@ -52,9 +57,8 @@ class StoreWriter:
         self.layout = layout
         self.provenance = provenance
         self.n_chunks = -(-layout.n_rows // provenance.rows_per_chunk)
-        self._thread: ThreadPoolExecutor | None = None
-        self._unsettled: Future[None] | None = None
-        self._unsettled_path: Path | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._unsettled: dict[Path, Future[None]] = {}
 
     @classmethod
     @contextmanager
@@ -140,16 +144,16 @@ class StoreWriter:
     def write(self, hook: str, chunk: int, rows: Float[Tensor, "row d_model"]) -> None:
         """Check ``rows``, cast them to the store's dtype and write them as one chunk file.
 
-        ``rows`` may be changed afterwards. The chunk is there, whole, when the next call of `write` or `wait`
-        has returned; if it cannot be, that call raises. Nothing is held in memory meanwhile but what the
-        kernel holds of one file.
+        ``rows`` may be changed afterwards. The chunk is there, whole, when `wait` or the next `UNSETTLED` calls of
+        `write` have returned; if it cannot be, one of them raises. Nothing is held in memory meanwhile but what the
+        kernel holds of the files.
 
         Raises
         ------
         ActivationError
             a value is NaN or Inf, or overflows the dtype; nothing is written
         DiskFull
-            for this chunk or the one before it, as the message says; nothing of it is left behind
+            for this chunk or one before it, as the message says; nothing of it is left behind
         """
         start, stop = self.rows_of(chunk)
         if rows.shape != (stop - start, self.provenance.d_model):
@@ -160,22 +164,22 @@ class StoreWriter:
         if not is_finite(stored):
             self._refuse(hook, start, rows, stored)
         path = chunk_path(self.path, hook, chunk)
-        if path == self._unsettled_path:
+        if path in self._unsettled:
             self.wait()  # both would be written beside it under one name
         write_raw_beside(path, encoded(stored, self.provenance.rows_per_chunk, self._codec(hook)))
-        if self._thread is None:
+        if self._threads is None:
             _settle(path)
-        else:
-            before, self._unsettled = self._unsettled, self._thread.submit(_settle, path)
-            self._unsettled_path = path
-            if before is not None:
-                before.result()
+            return
+        self._unsettled[path] = self._threads.submit(_settle, path)
+        if len(self._unsettled) > UNSETTLED:
+            self._unsettled.pop(next(iter(self._unsettled))).result()
 
     def wait(self) -> None:
-        """Return when every chunk that was written is in its place; raises `DiskFull` if the last cannot be."""
-        before, self._unsettled = self._unsettled, None
-        if before is not None:
-            before.result()
+        """Return when every chunk that was written is in its place; raises `DiskFull` if one cannot be."""
+        before, self._unsettled = self._unsettled, {}
+        futures.wait(before.values())
+        for settled in before.values():
+            settled.result()
 
     def finish(self, pool: Pool = HERE) -> None:
         """Compute checksums and statistics of every hook and mark the store as complete.
@@ -188,7 +192,7 @@ class StoreWriter:
 
     @contextmanager
     def _settling_behind(self) -> Iterator[None]:
-        with ThreadPoolExecutor(1, "tcsae-sync") as self._thread:  # left only when the thread has ended
+        with ThreadPoolExecutor(UNSETTLED, "tcsae-sync") as self._threads:  # left only when they have ended
             yield
             self.wait()
 
