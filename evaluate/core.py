@@ -172,6 +172,8 @@ def run_replay(replay: Replay, text: ReplayText, checkpoint: ReplayCheckpoint, b
         Ctrl-C or SIGTERM, after the batch that was begun; a second one does not wait for it
     """
     checkpoint.load(replay)
+    if replay.n_batches < len(text.batches):
+        replay.share_again(text.batches)
     bar.update(sum(sum(batch.length) for batch in text.batches[: replay.n_batches]))
     with stop_on_signal() as stop:
         for batch in text.batches[replay.n_batches :]:

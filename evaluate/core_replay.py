@@ -80,6 +80,8 @@ class Replay:
             "mean": Ablation(self._splicer, mean, everywhere=False),
             "saebench": Ablation(self._splicer, zero, everywhere=True),
         }
+        self._shared_from = dict.fromkeys(self._ablations, -1)
+        """number of the batch that an ablation's row for all comes from, -1 if there is none"""
         n_units = min(n_documents, MAX_UNITS)
         self.n_kl = np.zeros(n_units)
         self.n_ce = np.zeros(n_units)
@@ -133,7 +135,10 @@ class Replay:
         """Those that one row serves are gone through together; of the others only one is held at a time."""
         shared: dict[str, Tensor] = {}
         for name, ablation in self._ablations.items():
+            before = ablation.shared
             log_probs = ablation.log_probs(batch, x)
+            if ablation.shared is not before:
+                self._shared_from[name] = self.n_batches
             if log_probs.stride(0) == 0:
                 shared[name] = log_probs
             else:
@@ -212,6 +217,7 @@ class Replay:
         state: State = {**shared, "n_batches": np.array(self.n_batches)}
         for name, losses in {"clean": self._clean, **self._ablated}.items():
             state |= _of(losses, name)
+        state |= {f"{name}/shared_from": np.array(number) for name, number in self._shared_from.items()}
         for at in range(len(self._saes)):
             state |= self.state_of(at)
         return state
@@ -230,6 +236,7 @@ class Replay:
         self.n_batches = int(state["n_batches"])
         self._clean = _losses(state, "clean")
         self._ablated = {name: _losses(state, name) for name in self._ablated}
+        self._shared_from = {name: int(state[f"{name}/shared_from"]) for name in self._ablated}
         for at, number in enumerate(numbers):
             start = f"sae{number}/"
             own = {name.removeprefix(start): array for name, array in state.items() if name.startswith(start)}
@@ -238,6 +245,18 @@ class Replay:
             self._features[at].restore(own)
             if self.gathered is not None:
                 self.gathered[at].restore(own)
+
+    @torch.no_grad()
+    def share_again(self, batches: Sequence[Batch]) -> None:
+        """After `restore`: run again what batches to come share with one of ``batches`` that is done.
+
+        Another batch's row would do, but for its last bits, which depend on the batch's shape.
+        """
+        for number in sorted(set(self._shared_from.values()) - {-1}):
+            x = self._splicer.activations(batches[number])
+            for name, ablation in self._ablations.items():
+                if self._shared_from[name] == number:
+                    ablation.log_probs(batches[number], x)
 
 
 def _of(losses: _Losses, name: str) -> State:

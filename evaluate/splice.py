@@ -96,7 +96,8 @@ class Ablation:
         self._splicer = splicer
         self._constant = constant
         self._everywhere = everywhere
-        self._shared: Float[Tensor, "1 position vocab"] | None = None
+        self.shared: Float[Tensor, "1 position vocab"] | None = None
+        """the one row that serves all, if one has been run"""
         self._front: Float[Tensor, "front d_model"] | None = None
 
     def log_probs(
@@ -115,19 +116,19 @@ class Ablation:
         n_positions = ablated.shape[1]
         front = ablated[0, :1]
         fits = (
-            self._shared is not None
+            self.shared is not None
             and self._front is not None
-            and self._shared.shape[1] >= n_positions
+            and self.shared.shape[1] >= n_positions
             and torch.allclose(self._front, front, rtol=1e-4, atol=1e-5)
         )
         if not fits:
             one = Batch(batch.input_ids[:1], batch.keep[:1], batch.length[:1], batch.document[:1])
             if not self._splicer.is_bottleneck(one, ablated[:1]):
                 return self._splicer.log_probs(batch, ablated)
-            self._shared = self._splicer.log_probs(one, ablated[:1])
+            self.shared = self._splicer.log_probs(one, ablated[:1])
             self._front = front
-        assert self._shared is not None
-        return self._shared[:, :n_positions].expand(len(batch.length), -1, -1)
+        assert self.shared is not None
+        return self.shared[:, :n_positions].expand(len(batch.length), -1, -1)
 
     def _mask(self, batch: Batch) -> Bool[Tensor, "batch position 1"]:
         mask = torch.ones_like(batch.keep) if self._everywhere else batch.keep

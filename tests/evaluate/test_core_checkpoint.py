@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tcsae.evaluate import EvaluateConfig, Evaluation, core_checkpoint, core_suite, evaluate_subjects
 from tcsae.evaluate.core_replay import Replay
-from tcsae.evaluate.heldout import Batch
+from tcsae.evaluate.heldout import Batch, HeldOut
 from tcsae.evaluate.subjects import subject
 from tcsae.evaluate.token_rows import read_token_rows
 from tcsae.harvest.model import LanguageModel
@@ -207,3 +208,34 @@ def test_a_ctrl_c_while_the_checkpoint_is_written_leaves_the_last_one_and_goes_o
     assert len(begun) == 2
     for sae in ("a-s0", "b-s0"):
         assert figures(resumed, sae) == figures(whole, sae)
+
+
+def test_a_replay_that_goes_on_takes_what_its_batches_share_from_the_batch_that_it_came_from(
+    neox: LanguageModel, neox_store: ActivationStore
+) -> None:
+    # In a model of a real one's size rows of another length give other last bits, so the row itself is looked at.
+    batches = HeldOut(neox_store, HOOK, "all").batches(400, 2, 0)
+    longest = batches[0].keep.shape[1]
+    n_done = next(at for at, batch in enumerate(batches) if batch.keep.shape[1] < longest)
+    mean = torch.linspace(-1, 1, neox_store.d_model)
+
+    def replay() -> Replay:
+        return Replay(neox, HOOK, mean, [an_sae("a", 1.0, neox)], neox_store.n_documents)
+
+    whole, half, rest = replay(), replay(), replay()
+    for batch in batches:
+        whole.add(batch)
+    for batch in batches[:n_done]:
+        half.add(batch)
+    rest.restore(half.state(), [0])
+    rest.share_again(batches)
+    for batch in batches[n_done:]:
+        rest.add(batch)
+    assert whole.state().keys() == rest.state().keys()
+    for name, array in whole.state().items():
+        assert np.array_equal(array, rest.state()[name], equal_nan=True), name
+    for name, ablation in whole._ablations.items():
+        expected, got = ablation.shared, rest._ablations[name].shared
+        assert expected is not None
+        assert got is not None
+        assert torch.equal(expected, got)
