@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tcsae.store import ActivationStore, Layout, Provenance, StoreWriter, split_
 from tcsae.store.layout import documents_table
 
 StoreFactory = Callable[..., ActivationStore]
+
+# A runner in the background hands down an ignored SIGINT, and with it to every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def provenance(**changes: Any) -> Provenance:

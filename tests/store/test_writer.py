@@ -250,7 +250,10 @@ def test_a_full_disk_leaves_nothing_half_written(plan, tmp_path, full_disk):
         assert writer.missing() == [1, 2, 3]
 
 
-def test_a_failed_sync_is_told_once_by_the_next_write_whose_own_chunk_is_kept(plan, tmp_path, full_disk):
+def test_a_failed_sync_is_told_once_by_the_next_write_whose_own_chunk_is_kept(
+    plan, tmp_path, full_disk, monkeypatch
+):
+    monkeypatch.setattr("tcsae.store.writer.UNSETTLED", 1)
     with StoreWriter.create(tmp_path / "s", *plan) as writer:
         write(writer, [0])
         writer.wait()
@@ -259,6 +262,19 @@ def test_a_failed_sync_is_told_once_by_the_next_write_whose_own_chunk_is_kept(pl
         with pytest.raises(DiskFull, match="c/1/0"):
             write(writer, [2])
         write(writer, [3, 1])
+        writer.finish()
+    assert torch.equal(ActivationStore.open(tmp_path / "s").rows(0, 1000), ROWS.half())
+
+
+def test_a_failed_sync_of_one_of_several_chunks_is_told_when_all_have_settled(plan, tmp_path, full_disk):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        full_disk()
+        write(writer, [0, 1, 2])
+        with pytest.raises(DiskFull, match=r"c/[012]/0: the disk is full"):
+            writer.wait()
+        lacking = writer.missing()
+        assert len(lacking) == 2
+        write(writer, lacking)
         writer.finish()
     assert torch.equal(ActivationStore.open(tmp_path / "s").rows(0, 1000), ROWS.half())
 
