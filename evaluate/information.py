@@ -27,6 +27,9 @@ from tcsae.evaluate.temporal_codes import Codes
 STATES = 4
 CELLS = STATES * STATES
 
+SERIAL_ELEMENTS = 2**11
+"""most that torch works on with one thread: the caller has threads of its own, and each would get more"""
+
 BINS_PER_OCTAVE, LOWEST_OCTAVE, OCTAVES = 16, -24, 48
 """of the histogram that the thirds are read from: values are told apart to 4 %"""
 
@@ -97,7 +100,8 @@ def _entropy(counts: Float[np.ndarray, " state *any"], n: Float[np.ndarray, "*an
     for count in counts:
         # a count is at least 1 or it is 0, which adds nothing; torch's logarithm is vectorised on every processor
         term = np.asarray(np.maximum(count, 1.0))
-        torch.from_numpy(term).log_()
+        for piece in torch.split(torch.from_numpy(term).view(-1), SERIAL_ELEMENTS):
+            piece.log_()
         term *= count
         total += term
         n_occupied += count > 0

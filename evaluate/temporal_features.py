@@ -29,9 +29,8 @@ from tcsae.evaluate.intervals import Array
 from tcsae.evaluate.temporal_codes import KINDS
 from tcsae.evaluate.temporal_sums import TemporalSums
 
-SERIAL_ELEMENTS = 2**15
-"""Elements that a thread works on at once: torch shares larger arrays between threads of its own, which would wait for
-each other, and smaller ones stay in the processor's cache."""
+CACHED_ELEMENTS = 2**15
+"""elements of an array that a thread works on at once: what becomes of them stays in the processor's cache"""
 
 NO_PAIR = "no pair of tokens lies this far apart in one context, or no feature here varies"
 
@@ -152,7 +151,7 @@ def _of_states(sums: TemporalSums, at: int, lag: int, density: Array) -> Iterato
             if kind == 0:
                 stays[:, features] = _ratio(joint[1:, 1:].sum(axis=(0, 1)), joint[1:].sum(axis=(0, 1)))
 
-    width = max(1, SERIAL_ELEMENTS // shape[0])
+    width = max(1, CACHED_ELEMENTS // shape[0])
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for _ in threads.map(fill, (slice(start, start + width) for start in range(0, sums.d_sae, width))):
             pass  # an error in a thread is raised here

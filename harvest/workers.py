@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from tcsae.harvest.batches import batches_of, input_ids, run_chunk
+from tcsae.harvest.batches import batches_of, input_ids, padded_tokens, run_chunk
 from tcsae.harvest.config import HarvestConfig
 from tcsae.harvest.model import LanguageModel, load_model
 from tcsae.harvest.plan import provenance_of
@@ -96,10 +96,12 @@ def release(run: str) -> None:
 
 
 def fingerprint(config: HarvestConfig, model: LanguageModel, layout: Layout) -> str:
-    """SHA-256 over the bits of the activations of a store's first batch."""
+    """SHA-256 over the bits of the activations of the largest batch of a store's first chunk, which any difference in
+    how a machine rounds is likeliest to show in."""
     stop = min(config.rows_per_chunk, layout.n_rows)
     has_bos = model.bos_token_id is not None
-    batch = batches_of(layout, 0, stop, batch_tokens=config.batch_tokens, has_bos=has_bos)[0]
+    batches = batches_of(layout, 0, stop, batch_tokens=config.batch_tokens, has_bos=has_bos)
+    batch = max(batches, key=lambda one: padded_tokens([one]))
     found = model.residuals(input_ids(layout, batch, model.bos_token_id), config.hooks)
     digest = hashlib.sha256()
     for hook in config.hooks:

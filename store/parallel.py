@@ -18,6 +18,8 @@ from tcsae.store.errors import ConfigError, WorkersLost
 if TYPE_CHECKING:
     from dask.distributed import Client, Future
 
+log = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -262,9 +264,16 @@ def _connection(scheduler: str, release: Callable[[], None] | None) -> Iterator[
             yield client
         finally:
             if release is not None and client.status == "running":
-                with suppress(OSError):  # a scheduler that has just gone, or a worker that does not answer
+                try:
                     # what `Client.run` does, which waits for an answer for ever
                     client.sync(client._run, release, on_error="ignore", callback_timeout=ANSWER_SECONDS)
+                except TimeoutError:
+                    log.warning(
+                        "%s: a worker has not let go after %d s and may still write; wait for it before you go on",
+                        *(scheduler, ANSWER_SECONDS),
+                    )
+                except OSError:  # the scheduler has just gone
+                    pass
 
 
 def dask_setup(worker: object) -> None:  # noqa: ARG001  # Dask names the function and gives it the worker

@@ -211,14 +211,27 @@ class ActivationStore:
 
         Every run of neighbouring rows is a piece, read from its file and not mapped, so that training on a store of
         any size maps none of it; long runs from few chunks cost least. Fresh memory for every call costs more than
-        the copy does, so who reads again and again hands in his own, contiguous.
+        the copy does, so who reads again and again hands in his own.
+
+        Raises
+        ------
+        IndexError
+            a row is not in the store
+        ValueError
+            ``out`` has another shape or dtype, or its rows do not lie one after the other
         """
         wanted = np.asarray(rows)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.n_rows):
             raise IndexError(f"{self.url}: rows {wanted.min()}..{wanted.max()} of {self.n_rows}")
         chunks, size = self._chunks[self._hook(hook)], self.provenance.rows_per_chunk
+        shape, dtype = (len(wanted), self.d_model), TORCH_DTYPES[self.provenance.dtype]
         if out is None:
-            out = torch.empty(len(wanted), self.d_model, dtype=TORCH_DTYPES[self.provenance.dtype])
+            out = torch.empty(shape, dtype=dtype)
+        if out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+            raise ValueError(
+                f"out: expected {shape} of {dtype}, contiguous; got {tuple(out.shape)} of {out.dtype}, "
+                f"strides {out.stride()}"
+            )
         # With 10 rows a chunk, rows 7 8 9 10 3 are the runs 7 8 9, 10 and 3.
         begin = np.flatnonzero((np.diff(wanted, prepend=-2) != 1) | (wanted % size == 0))
         end = np.append(begin, len(wanted))[1:]

@@ -162,7 +162,7 @@ class RemoteFolder:
         try:
             listed = self._patiently("list", "", find, LISTED_BYTES * len(names))
             return [int(listed[f"{self._root.rstrip('/')}/{name}"]["size"]) for name in names]
-        except (RemoteError, KeyError):
+        except (RemoteError, KeyError, TypeError):  # a size may be unknown
             return None
 
     def _call(self, method: str, timeout: float, *arguments: Any, **options: Any) -> Any:

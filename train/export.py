@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -61,6 +62,11 @@ def export(source: str | Path, folder: str | Path, form: str = "saelens") -> Exp
     # All before the first is written, but not all in memory: half an export would be in the way of the next.
     for sae in found.values():
         load_sae(sae)
-    for target, sae in found.items():
-        save_sae(load_sae(sae), target)
+    try:
+        for target, sae in found.items():
+            save_sae(load_sae(sae), target)
+    except BaseException:  # an interruption too
+        for target in found:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
     return Exported(known, list(found))

@@ -73,8 +73,8 @@ def most_bytes(root: Path = Path("/")) -> int:
 def _group_limits(root: Path) -> Iterator[int]:
     """Of the process's control groups and those above them, as far as they can be seen from here."""
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text(errors="replace").splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text(errors="replace").splitlines()
     except OSError:  # another system than Linux
         return
     own: dict[str, str] = {}

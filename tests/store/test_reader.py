@@ -226,7 +226,18 @@ def test_a_gather_into_given_memory_fills_all_of_it(store, rows):
     assert store.gather(np.array([], dtype=np.int64)).shape == (0, 16)
 
 
-def test_token_ids_of_rows_come_through_a_map_that_is_given_up_again(store):
+def test_a_gather_into_memory_that_does_not_fit_is_refused_and_writes_nothing(store):
+    wanted = np.arange(4)
+    wide = torch.zeros(4, 20, dtype=torch.float16)
+    for out in (wide[:, :16], torch.zeros(4, 16), torch.zeros(5, 16, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"expected \(4, 16\) of torch.float16, contiguous"):
+            store.gather(wanted, out=out)
+    assert not wide.any()
+
+
+def test_token_ids_of_rows_come_through_a_map_that_is_given_up_again(store, monkeypatch):
+    monkeypatch.setattr("tcsae.store.reader.FEW_BYTES", 0)
+
     def n_maps():
         return Path("/proc/self/maps").read_text().count(f"{store.path}/tokens/")
 

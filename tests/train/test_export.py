@@ -12,6 +12,8 @@ from tcsae.store import ActivationStore
 from tcsae.store.errors import RunError, RunExists, RunNotFound, UnknownName
 from tcsae.train import Run, TrainConfig, load_sae, train
 from tcsae.train.export import export
+from tcsae.train.sae.inference import SAE
+from tcsae.train.saelens import save_sae
 
 
 @pytest.fixture
@@ -43,6 +45,22 @@ def test_what_cannot_be_exported_is_named(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="SHA-256"):
         export(run.saes[0], tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_an_export_that_is_interrupted_leaves_nothing_in_the_way_of_the_next(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(sae: SAE, folder: Path) -> None:
+        save_sae(sae, folder)
+        if folder.name == "tc8-s0":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tcsae.train.export.save_sae", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export(run.path, tmp_path / "all")
+    assert not list((tmp_path / "all").iterdir())
+    assert len(export(run.path, tmp_path / "all").saes) == 2
 
 
 def test_a_run_with_a_damaged_sae_or_unfinished_is_not_exported_by_half(run: Run, tmp_path: Path) -> None:
