@@ -27,9 +27,6 @@ from tcsae.evaluate.temporal_codes import Codes
 STATES = 4
 CELLS = STATES * STATES
 
-SERIAL_ELEMENTS = 2**11
-"""most that torch works on with one thread: the caller has threads of its own, and each would get more"""
-
 BINS_PER_OCTAVE, LOWEST_OCTAVE, OCTAVES = 16, -24, 48
 """of the histogram that the thirds are read from: values are told apart to 4 %"""
 
@@ -98,10 +95,10 @@ def _entropy(counts: Float[np.ndarray, " state *any"], n: Float[np.ndarray, "*an
     """log n - sum of c log c / n, in nats, Miller-Madow corrected; 0 where one state is occupied."""
     total, n_occupied = np.zeros(n.shape), np.zeros(n.shape)
     for count in counts:
-        # a count is at least 1 or it is 0, which adds nothing; torch's logarithm is vectorised on every processor
+        # A count is at least 1 or it is 0, which adds nothing. Not by torch: the caller has threads of its own, and
+        # each would get more of torch's.
         term = np.asarray(np.maximum(count, 1.0))
-        for piece in torch.split(torch.from_numpy(term).view(-1), SERIAL_ELEMENTS):
-            piece.log_()
+        np.log(term, out=term)
         term *= count
         total += term
         n_occupied += count > 0
