@@ -196,15 +196,12 @@ class Accumulator:
         both = there.nonzero().squeeze(1)
         count(is_first.take(both) + there.take(both))
         is_matched = kind == KINDS.index("matched")
-        if not is_matched:
-            for ends, places in zip(pairing, (is_first, in_unit), strict=True):
-                count(places.take(entries.of_rows((ends == n_rows).nonzero().squeeze(1))))
-        else:  # a pair belongs to the unit of its first token, here another one
-            count(is_first.take((pairing.second < n_rows).take(row).nonzero().squeeze(1)))
-            unit_of_first = (unit_of_row.take(pairing.first.clamp(max=n_rows - 1)) * of_unit).take(row)
-            count(
-                (unit_of_first + entries.inside).take((pairing.first < n_rows).take(row).nonzero().squeeze(1))
-            )
+        counted = [entries.of_rows(((ends < n_rows) == is_matched).nonzero().squeeze(1)) for ends in pairing]
+        count(is_first.take(counted[0]))
+        if is_matched:  # a pair belongs to the unit of its first token, here another one
+            unit_of_first = unit_of_row.take(pairing.first.clamp(max=n_rows - 1)) * of_unit
+            in_unit = unit_of_first.take(row) + entries.inside
+        count(in_unit.take(counted[1]))
 
     def _count_products(self, entries: _Entries, pairing: Pairing, table: Tensor, lag: int) -> None:
         nowhere = len(pairing.second)

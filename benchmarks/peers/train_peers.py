@@ -59,17 +59,18 @@ def saelens(asked: dict[str, Any], kind: str, *, autocast: bool = False) -> Call
     return lambda: trainer._train_step(sae, next(rows))
 
 
+def of_dictionary_learning(asked: dict[str, Any]) -> dict[str, Any]:
+    """Settings that all of its trainers take; a run that never ends."""
+    size = {"activation_dim": asked["d_model"], "dict_size": asked["features"], "k": asked["k"]}
+    return {**size, "steps": 10**6, "layer": 0, "lm_name": "none"}
+
+
 def dictionary_learning(asked: dict[str, Any]) -> Callable[[], object]:
     """dictionary_learning's BatchTopK trainer."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 
     trainer = BatchTopKTrainer(
-        steps=10**6,
-        activation_dim=asked["d_model"],
-        dict_size=asked["features"],
-        k=asked["k"],
-        layer=0,
-        lm_name="none",
+        **of_dictionary_learning(asked),
         device="cpu",
     )
     rows, step = data(asked), count(1)
@@ -107,12 +108,7 @@ def tsae(asked: dict[str, Any], n_pairs: int) -> Callable[[], object]:
             return fit + self.auxk_alpha * auxiliary + 0.1 * contrast
 
     trainer = TSAETrainer(
-        steps=10**6,
-        activation_dim=asked["d_model"],
-        dict_size=asked["features"],
-        k=asked["k"],
-        layer=0,
-        lm_name="none",
+        **of_dictionary_learning(asked),
         group_fractions=[0.2, 0.8],
         group_weights=[0.2, 0.8],
         lr=3e-4,
