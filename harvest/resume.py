@@ -64,7 +64,7 @@ def settings_begun_with(config: HarvestConfig) -> Provenance:
 def model_to_go_on_with(
     config: HarvestConfig, stored: Provenance, layout: Layout, n_missing: int
 ) -> tuple[LanguageModel, str]:
-    """The model that computes the missing chunks, and the `fingerprint` of its first batch.
+    """The model that computes the missing chunks, and its `fingerprint`.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def _check_rounding(config: HarvestConfig, computed_by: object, first: str) -> N
     begun = read_root(config.store).get(FIRST_BATCH, first)  # a store from before it was kept has none
     if begun != first:
         raise StoreMismatch(
-            f"{config.store}: begun on a machine that rounds differently: the first batch's activations have "
+            f"{config.store}: begun on a machine that rounds differently: the activations of one batch have "
             f"SHA-256 {begun[:12]}… there and {first[:12]}… here ({computed_by}, "
             f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}), so the store would be "
             "of two kinds; resume on a machine of the first kind with the same OMP_NUM_THREADS, or delete the store "

@@ -46,7 +46,8 @@ DIGESTED = (*(f"{array}/c/0" for array in (TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFF
 """files that have one"""
 
 FIRST_BATCH = "first_batch_sha256"
-"""Attribute: SHA-256 over the first batch's activations as the harvest's processor computed them, before the cast"""
+"""Attribute: SHA-256 over the activations of the first chunk's largest batch as the harvest's processor computed them,
+before the cast; named after what it was over at first"""
 
 PLANNED_ATTRIBUTES = (TABLE_DIGESTS, FIRST_BATCH)
 """Attributes that are written with the plan and kept by `StoreWriter.finish`; not part of the id."""
