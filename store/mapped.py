@@ -95,6 +95,8 @@ class HookChunks:
         self._most = MAX_MAPPED_CHUNKS if self._is_raw else max(2, DECODED_BYTES // self._chunk_bytes)
         self._verified = np.zeros((n_chunks, 2), dtype=np.int64)  # `_identity` of the file that was verified
         self._resident_limit = resident_limit()
+        self._all_fit = n_chunks <= self._most
+        self._is_bounded = self._is_raw and n_chunks * self._chunk_bytes > self._resident_limit
         self._read_bytes = 0  # since the maps were last given up
         self._looked_at = 0  # what `_read_bytes` was at the last look
         self._others = file_pages() or 0  # what the process has of files when nothing of ours is mapped
@@ -104,11 +106,13 @@ class HookChunks:
 
         A map that somebody has a view of lives on as long as the view.
         """
+        if not self._is_bounded:
+            return
         with self._lock:
             self._read_bytes += n_rows * self._row_bytes + n_pieces * TOUCHED_BYTES
             mapped = len(self._mapped) * self._chunk_bytes
             limit = self._resident_limit
-            if self._is_raw and mapped > limit and self._read_bytes - self._looked_at > LOOK_BYTES:
+            if mapped > limit and self._read_bytes - self._looked_at > LOOK_BYTES:
                 self._looked_at = self._read_bytes
                 if self._resident() > limit:
                     self._mapped.clear()
@@ -125,6 +129,9 @@ class HookChunks:
 
     def __getitem__(self, chunk: int) -> Float[Tensor, "row d_model"]:
         """Rows of chunk number ``chunk``; raises `StoreCorrupt`, or `RemoteError` if it cannot be fetched."""
+        rows = self._mapped.get(chunk)
+        if rows is not None and self._all_fit:  # none is ever given up for being the oldest
+            return rows
         with self._lock:
             if chunk in self._mapped:
                 self._mapped.move_to_end(chunk)
