@@ -46,7 +46,11 @@ class Thirds(NamedTuple):
         >>> one.states(torch.tensor([1.0, 1.5, 9.0]), torch.tensor([0, 0, 0]))
         tensor([1, 2, 3])
         """
-        return 1 + (value > self.lower.take(feature)).long() + (value > self.upper.take(feature))
+        return (
+            1
+            + (value > self.lower.index_select(0, feature)).long()
+            + (value > self.upper.index_select(0, feature))
+        )
 
 
 def thirds_of(codes: Iterable[Codes], d_sae: int) -> Thirds:
@@ -57,7 +61,7 @@ def thirds_of(codes: Iterable[Codes], d_sae: int) -> Thirds:
     n_bins = BINS_PER_OCTAVE * OCTAVES
     counts = torch.zeros(d_sae * n_bins, dtype=torch.int64)
     for one in codes:
-        kept = one.counted.take(one.row)
+        kept = one.counted.index_select(0, one.row)
         octave = one.value[kept].log2() - LOWEST_OCTAVE
         place = (octave * BINS_PER_OCTAVE).long().clamp_(0, n_bins - 1)
         counts.scatter_add_(0, one.feature[kept] * n_bins + place, torch.ones_like(place))

@@ -72,7 +72,7 @@ class Codes(NamedTuple):
         tensor([2., 3.])
         """
         row, feature = f.nonzero(as_tuple=True)
-        value = f.reshape(-1).take(row * f.shape[1] + feature).float()
+        value = f.reshape(-1).index_select(0, row * f.shape[1] + feature).float()
         unknown = torch.zeros(len(f)) if step is None else step
         return cls(row.cpu(), feature.cpu(), value.cpu(), f.shape[1], counted, context, document, unknown)
 
