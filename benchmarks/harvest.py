@@ -27,7 +27,7 @@ buffer is still no larger than what is asked for), and ours with the reading, ha
 from __future__ import annotations
 
 import argparse
-import shutil
+import itertools
 import statistics
 import tempfile
 import time
@@ -98,9 +98,11 @@ def compare(name: str, folder: Path, sizes: Sizes, precision: Precision, *, prof
     plan = make_plan(config, model)
     all_ids = batches(config, plan, model)
 
+    stores = (folder / f"store-{number}.zarr" for number in itertools.count())
+
     def harvested() -> None:
-        shutil.rmtree(config.store, ignore_errors=True)
-        with StoreWriter.create(config.store, plan.layout, plan.provenance) as writer:
+        # to a new place each time: removing what was there before is not part of it
+        with StoreWriter.create(next(stores), plan.layout, plan.provenance) as writer:
             _compute_here(config, model, writer, list(range(writer.n_chunks)), lambda _: None)
             writer.finish()
 

@@ -19,6 +19,9 @@ from tcsae.store.atomic import write_atomically
 SECONDS_BETWEEN = 60.0
 """Between two checkpoints: their megabytes are nothing beside the batches of a minute."""
 
+FORMAT = 1
+"""Of the state: which arrays it has and what is in them. To be raised with them."""
+
 
 class ReplayCheckpoint:
     """Where a replay's state is kept.
@@ -42,11 +45,12 @@ class ReplayCheckpoint:
             return
         try:
             state, text = arrays_from_bytes(self._path.read_bytes())
-            prints = json.loads(text)
-        except (OSError, ValueError):
-            # damaged, or of another version: nothing is lost but the time
+            saved = json.loads(text)
+            is_ours, prints = saved["format"] == FORMAT, saved["prints"]
+        except (OSError, ValueError, KeyError, TypeError):
+            # damaged, or of an older version: nothing is lost but the time
             return
-        if not set(self._prints) <= set(prints):
+        if not (is_ours and set(self._prints) <= set(prints)):
             return
         replay.restore(state, [prints.index(one) for one in self._prints])
 
@@ -57,7 +61,8 @@ class ReplayCheckpoint:
 
     def save(self, replay: Replay) -> None:
         """Write the state now."""
-        write_atomically(self._path, bytes_of_arrays(replay.state(), json.dumps(self._prints)))
+        text = json.dumps({"format": FORMAT, "prints": self._prints})
+        write_atomically(self._path, bytes_of_arrays(replay.state(), text))
         self._saved_at = time.monotonic()
 
     def remove(self) -> None:

@@ -105,21 +105,12 @@ def _train(
         if resume and Run.open(path).status == "finished":
             log.info("%s: already finished", path)
             return Run.open(path)
-        with world.together():
-            saved = checkpoints(path)
-            if saved:
-                training.restore(load_checkpoint(saved[-1]))
-        tokens, epoch = config.steps * config.batch_tokens, training.loader.tokens_per_epoch
-        if tokens > epoch:
-            log.info("%d tokens are %.1f epochs of %d, each in a new order", tokens, tokens / epoch, epoch)
-        for arm in config.arms:
-            if arm.dead_after >= tokens:
-                log.warning(
-                    "%s: dead_after = %d is not below the run's %d tokens: no feature will count as dead, so "
-                    "neither AuxK nor resampling will act",
-                    *(arm.name, arm.dead_after, tokens),
-                )
         try:
+            with world.together():
+                saved = checkpoints(path)
+                if saved:
+                    training.restore(load_checkpoint(saved[-1]))
+            _say_what_is_unusual(config, training.loader.tokens_per_epoch)
             with stop_on_signal(once=world.size == 1) as stop:
                 training.set_status(path, "running")
                 if world.is_first:
@@ -135,3 +126,16 @@ def _train(
                 f"with `tcsae train {store.url} {path} --resume`"
             ) from None
         return Run.open(path)
+
+
+def _say_what_is_unusual(config: TrainConfig, epoch: int) -> None:
+    tokens = config.steps * config.batch_tokens
+    if tokens > epoch:
+        log.info("%d tokens are %.1f epochs of %d, each in a new order", tokens, tokens / epoch, epoch)
+    for arm in config.arms:
+        if arm.dead_after >= tokens:
+            log.warning(
+                "%s: dead_after = %d is not below the run's %d tokens: no feature will count as dead, so "
+                "neither AuxK nor resampling will act",
+                *(arm.name, arm.dead_after, tokens),
+            )

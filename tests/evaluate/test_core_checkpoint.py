@@ -183,6 +183,21 @@ def test_a_damaged_checkpoint_costs_the_time_and_nothing_else(
     assert len(begun) == 3
 
 
+def test_a_checkpoint_of_an_older_version_costs_the_time_and_nothing_else(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure("whole", "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(core_checkpoint, "FORMAT", core_checkpoint.FORMAT - 1)
+        interrupt_after(patch, 2)
+        with pytest.raises(Interrupted):
+            measure("stopped", "a")
+    assert (tmp_path / "stopped" / "core" / CHECKPOINT).is_file()
+    begun = stop_at(monkeypatch, 99, Killed)
+    assert figures(measure("stopped", "a"), "a-s0") == figures(whole, "a-s0")
+    assert len(begun) == 3
+
+
 def test_a_ctrl_c_while_the_checkpoint_is_written_leaves_the_last_one_and_goes_on_from_it(
     measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

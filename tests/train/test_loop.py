@@ -29,6 +29,7 @@ from tcsae.store.errors import (
     TrainingCollapsed,
 )
 from tcsae.train import ArmConfig, Run, TrainConfig, dry_run, load_config, load_sae, train
+from tcsae.train import loop as training_loop
 from tcsae.train import training as training_module
 from tcsae.train.arm import Arm
 from tcsae.train.batches import Rows, WindowLoader
@@ -542,6 +543,28 @@ def test_a_second_ctrl_c_names_the_newest_checkpoint(
     finally:
         signal.signal(signal.SIGINT, before)
     assert Run.open(tmp_path / "run").status == "interrupted"
+
+
+def test_a_ctrl_c_before_the_first_step_leaves_a_run_to_resume_and_says_how(
+    sticky_store: ActivationStore,
+    small_config: ConfigFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    short = small_config(tokens=8 * 128, arm={"warmup_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training_loop, "_say_what_is_unusual", interrupted
+        )  # run.json is there, no step was taken
+        with pytest.raises(
+            Interrupted, match=r"step 1; there is no checkpoint yet, go on with `tcsae train .*--resume`"
+        ):
+            train(sticky_store, tmp_path / "run", short)
+    assert Run.open(tmp_path / "run").status == "interrupted"
+    assert train(sticky_store, tmp_path / "run", resume=True).status == "finished"
 
 
 def test_thresholds_are_calibrated_in_the_precision_of_inference(
