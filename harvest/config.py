@@ -67,7 +67,7 @@ class HarvestConfig:
         return max(BATCH_TOKENS, self.context_length)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "store", folder_here(self.store))  # file:///… is a path too
+        object.__setattr__(self, "store", folder_here(Path(self.store)))  # file:///… is a path too
         for name, allowed in (("dtype", get_args(Dtype)), ("precision", get_args(Precision))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(

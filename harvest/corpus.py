@@ -170,10 +170,10 @@ def read_corpus(spec: str) -> Corpus:
 def _fault(document: Document) -> BadRow | None:
     if not document.text.strip():
         return BadRow(document.id, "empty")
-    try:
-        # JSON can carry half of a surrogate pair, which is a Python string but not text.
-        document.text.encode()
-        document.id.encode()
-    except UnicodeEncodeError:
-        return BadRow(repr(document.id), "not UTF-8")
+    for name in ("text", "id", "source", "topic"):
+        try:
+            # JSON can carry half of a surrogate pair, and a file's name any bytes: Python strings but not text.
+            (getattr(document, name) or "").encode()
+        except UnicodeEncodeError:
+            return BadRow(repr(document.id), "not UTF-8" if name == "text" else f"{name} not UTF-8")
     return None

@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 from tcsae.harvest.config import DEFAULT_MODEL
 from tcsae.harvest.hub import download_model
-from tcsae.harvest.packaged import cache_folder, package_folder, table
+from tcsae.harvest.packaged import package_folder, table
 from tcsae.harvest.quiet import quiet
+from tcsae.store.cache import cache_folder
 from tcsae.store.errors import ModelNotFound
 
 log = logging.getLogger(__name__)

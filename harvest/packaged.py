@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tomllib
 from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import platformdirs
 
 from tcsae.store.errors import TcsaeError
 
@@ -38,13 +35,3 @@ def package_folder(entry: dict[str, Any], missing: type[TcsaeError], what: str) 
             f"{entry['install']}"
         )
     return Path(next(iter(found.submodule_search_locations)))
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``$TCSAE_CACHE``, or the user's cache folder of the system."""
-    override = os.environ.get("TCSAE_CACHE")
-    return (
-        Path(override).expanduser()
-        if override
-        else Path(platformdirs.user_cache_dir("tcsae", appauthor=False))
-    )

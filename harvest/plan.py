@@ -45,7 +45,7 @@ def make_plan(config: HarvestConfig, model: LanguageModel) -> Plan:
     CorpusError
         the corpus cannot be read, or none of it is usable
     ConfigError
-        the contexts are longer than the model can read
+        the contexts are longer than the model can read, or its tokenizer has tokens that it does not know
     """
     model.check_hooks(config.hooks)
     if model.max_context is not None and config.context_length > model.max_context:
@@ -60,9 +60,21 @@ def make_plan(config: HarvestConfig, model: LanguageModel) -> Plan:
         rows_per_context=config.context_length - (model.bos_token_id is not None),
         max_tokens=config.max_tokens,
     )
+    _check_vocabulary(model, tokenised.layout)
     if tokenised.skips.total:
         log.warning("%s: skipped %s", config.corpus, tokenised.skips)
     return Plan(tokenised.layout, provenance_of(config, model, tokenised.corpus_sha256), tokenised.skips)
+
+
+def _check_vocabulary(model: LanguageModel, layout: Layout) -> None:
+    """Refuse a tokenizer that gives ids which the model does not know, such as one with tokens added later."""
+    highest = max(int(layout.tokens.max()), model.bos_token_id or 0)
+    if highest >= model.vocab_size:
+        raise ConfigError(
+            f"model: expected a tokenizer with ids below the {model.vocab_size:,} of the vocabulary of {model.name}, "
+            f"got {highest:,} ({model.tokenizer.convert_ids_to_tokens(highest)!r}); save the tokenizer that belongs to "
+            "the model in its folder"
+        )
 
 
 def provenance_of(config: HarvestConfig, model: LanguageModel, corpus_sha256: str) -> Provenance:

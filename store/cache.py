@@ -42,9 +42,9 @@ DEFAULT_LIMIT = 50 * 10**9
 
 
 def cache_folder() -> Path:
-    """Where caches lie: ``$TCSAE_CACHE``, or the user's cache folder of the system."""
+    """Where stores and converted models are cached: ``$TCSAE_CACHE``, or the user's cache folder of the system."""
     if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
+        return Path(named).expanduser()
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("tcsae"))

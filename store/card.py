@@ -50,12 +50,10 @@ def _hooks(about: Description) -> str:
     rows = []
     for hook in about.hooks:
         norms = about.norm_quantiles[hook]
-        effect = "as harvested"
-        if about.codec != "raw":
-            ratio, error = about.codec_ratio.get(hook), about.codec_error.get(hook)
-            measured = [] if ratio is None else [f"{ratio:.2f} x smaller"]
-            measured += [] if error is None else [f"error {error:.2g} of the variance"]
-            effect = ", ".join(measured) or "not measured"
+        ratio, error = about.codec_ratio.get(hook), about.codec_error.get(hook)
+        measured = [] if ratio is None else [f"{ratio:.2f} x smaller"]
+        measured += [] if error is None else [f"error {error:.2g} of the variance"]
+        effect = ", ".join(measured) or ("as harvested" if about.codec == "raw" else "not measured")
         quantiles = " / ".join(f"{norms[q]:.4g}" for q in ("0.01", "0.5", "0.99", "1.0"))
         rows.append((_code(hook), quantiles, f"{about.outliers[hook]:,}", effect))
     header = ("hook", "norm: 1 % / median / 99 % / largest", "outliers", "codec, measured on a sample")

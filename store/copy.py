@@ -22,7 +22,7 @@ from tcsae.store.interrupt import interruptible
 from tcsae.store.metadata import read_root
 from tcsae.store.places import LocalEnd, Place, RemoteEnd, is_inside, open_end
 from tcsae.store.reader import ActivationStore
-from tcsae.store.recode import plan_recoding, staged, write_recoded
+from tcsae.store.recode import plan_recoding, staged, staging_folder, write_recoded
 from tcsae.store.remote import Transfer
 from tcsae.store.selection import select
 from tcsae.store.space import folder_bytes
@@ -135,14 +135,20 @@ def copy_store(
                 relative_error={},
                 **moved._asdict(),
             )
-        plan = plan_recoding(ActivationStore.open(src), part, codec or source.made.codec)
+        opened, name = ActivationStore.open(src), codec or source.made.codec
+        if isinstance(target, LocalEnd):
+            here = target.path
+            plan = plan_recoding(opened, part, name, here if resume else None)
+        else:
+            here = staging_folder(opened, part, name, dst)
+            plan = plan_recoding(opened, part, name, here)
         if isinstance(target, LocalEnd):
             write_recoded(plan, target.path, resume=resume)
             identity = read_root(target.path)["id"]
             size, n_files = folder_bytes(target.path)
             moved = Moved(files=n_files, kept=0, bytes=size)
         else:
-            with staged(plan, dst) as staging:
+            with staged(plan, here) as staging:
                 written = open_source(staging, LocalEnd(staging))
                 moved = copy_files(written, target, dst, resume=resume)
                 identity = written.attributes["id"]

@@ -31,6 +31,4 @@ class Documents(Dataset[Tensor]):
         return self.store.n_documents
 
     def __getitem__(self, index: int) -> Float[Tensor, "row d_model"]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.store.url}: document {index} of {len(self)}")
         return self.store.document(index, self.hook)

@@ -10,6 +10,7 @@ from pathlib import Path
 from tcsae.store.atomic import PARTIAL, exclusive, remove_partials, sync_folders, write_atomically
 from tcsae.store.claim import Check, claimed
 from tcsae.store.errors import StoreBusy, StoreCorrupt, StoreExists
+from tcsae.store.metadata import ROOT
 from tcsae.store.planning import LOCK
 from tcsae.store.remote import RemoteFolder, Transfer, is_url, local_path
 
@@ -43,7 +44,7 @@ class LocalEnd:
 
     def is_free(self) -> bool:
         """Whether nothing is there but what a killed copy may leave."""
-        return all(p.name == LOCK or p.suffix == PARTIAL for p in self.path.iterdir())
+        return {p.name for p in self.path.iterdir()} <= {LOCK, ROOT + PARTIAL}
 
     @contextmanager
     def held(self) -> Iterator[Check]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from tcsae.store.atomic import exclusive, partial_file, remove_partials, sync_folders, write_atomically
+from tcsae.store.atomic import (
+    PARTIAL,
+    exclusive,
+    partial_file,
+    remove_partials,
+    sync_folders,
+    write_atomically,
+)
 from tcsae.store.chunks import write_raw
 from tcsae.store.errors import StoreBusy, StoreExists
 from tcsae.store.layout import Layout
@@ -38,8 +47,17 @@ from tcsae.store.truth import Truth, truth_chunks, write_truth
 
 LOCK = ".writer.lock"
 
-PLANNED = {TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFFSETS, ACTIVATIONS, CHECKSUMS, TRUTH, DOCUMENTS_FILE, LOCK}
-"""What a planning phase that was killed may leave: nothing that cannot be written again."""
+FOLDERS = (TOKENS, DOCUMENT_OFFSETS, CONTEXT_OFFSETS, ACTIVATIONS, CHECKSUMS, TRUTH)
+
+_GROUPS = f"({ACTIVATIONS}|{CHECKSUMS}|{TRUTH})"
+
+_ARRAYS = f"({TOKENS}|{DOCUMENT_OFFSETS}|{CONTEXT_OFFSETS}|{_GROUPS}/[^/]+)"
+
+PLANNED = re.compile(
+    rf"({re.escape(LOCK)}|({ROOT}|{DOCUMENTS_FILE}|{_GROUPS}/{ROOT}|{_ARRAYS}/({ROOT}|c/\d+(/0)?))({PARTIAL})?)"
+)
+"""Files that a planning phase which was killed may leave, or a store that was deleted in part: none that cannot be
+written again."""
 
 
 def write_plan(
@@ -89,7 +107,7 @@ def refuse_existing(path: Path) -> None:
             else "an unfinished store: add --resume"
         )
         raise StoreExists(f"{path}: already holds {state}; choose another path or delete it")
-    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _planned_names(path)):
+    if path.exists() and not (path.is_dir() and all(map(PLANNED.fullmatch, _files(path)))):
         raise StoreExists(f"{path}: exists and is not a store; choose another path")
 
 
@@ -101,8 +119,11 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _planned_names(path: Path) -> set[str]:
-    return PLANNED | {p.name for p in path.glob("*.partial")}
+def _files(path: Path) -> Iterator[str]:
+    """Names of the files in a folder, and of the folders in it that are not a store's; links are not followed."""
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder, name).relative_to(path).as_posix() for name in names)
+    yield from (entry.name for entry in path.iterdir() if entry.is_dir() and entry.name not in FOLDERS)
 
 
 def _remove(folder: Path) -> None:

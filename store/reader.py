@@ -118,7 +118,8 @@ class ActivationStore:
         attributes = read_root(path)
         if not attributes.get("complete"):
             raise StoreIncomplete(
-                f"{path}: the harvest has not finished; run the same `tcsae harvest` with --resume"
+                f"{path}: the harvest has not finished; run the same `tcsae harvest` with --resume, or the same "
+                "`tcsae store copy` if it is a copy"
             )
         lacking = [name for name in ("id", "statistics") if name not in attributes]
         if lacking:
@@ -201,7 +202,12 @@ class ActivationStore:
         return torch.cat([chunks[c][max(start - c * size, 0) : min(stop - c * size, size)] for c in parts])
 
     def document(self, index: int, hook: str | None = None) -> Float[Tensor, "row d_model"]:
-        """Activations of document ``index``, all its contexts one after the other (see `rows`)."""
+        """Activations of document ``index``, all its contexts one after the other (see `rows`).
+
+        Raises IndexError unless 0 ≤ ``index`` < `n_documents`.
+        """
+        if not 0 <= index < self.n_documents:
+            raise IndexError(f"{self.url}: document {index} of {self.n_documents}")
         return self.rows(int(self.document_offsets[index]), int(self.document_offsets[index + 1]), hook)
 
     def gather(

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from tcsae.store.reader import ActivationStore
 from tcsae.store.selection import Part, document_range, layout_of
 from tcsae.store.space import folder_bytes, free_bytes, store_bytes
 from tcsae.store.spec import Provenance
-from tcsae.store.writer import StoreWriter
+from tcsae.store.writer import StoreWriter, differences
 
 SAMPLE_ROWS = 32_768
 """rows that a codec is fitted to and measured on, from pieces spread over the store"""
@@ -51,10 +51,14 @@ class Recoding(NamedTuple):
     """of the new store"""
 
 
-def plan_recoding(source: ActivationStore, part: Part | None, codec: str) -> Recoding:
+def plan_recoding(
+    source: ActivationStore, part: Part | None, codec: str, begun: Path | None = None
+) -> Recoding:
     """Plan the store that ``part`` (None: all) of ``source`` makes with ``codec``.
 
-    A codec is fitted to a sample; its size and error on it are logged. Raises `ConfigError` if the part is empty.
+    A codec is fitted to a sample; its size and error on it are logged. Where the same copy lies in the folder
+    ``begun``, as far as it got, its fit is kept: on other threads the sums of another one round differently. Raises
+    `ConfigError` if the part is empty.
     """
     first, last = document_range(source, part)
     hooks = source.hooks if part is None else part.hooks
@@ -62,7 +66,7 @@ def plan_recoding(source: ActivationStore, part: Part | None, codec: str) -> Rec
         source,
         int(source.document_offsets[first]),
         layout_of(source, first, last),
-        _provenance_of(source, hooks, codec, (first, last)),
+        _provenance_of(source, hooks, codec, (first, last), begun),
     )
 
 
@@ -105,14 +109,18 @@ def _check_space(plan: Recoding, path: Path, needed: int, advice: str) -> None:
         )
 
 
+def staging_folder(source: ActivationStore, part: Part | None, codec: str, dst: Place) -> Path:
+    """Where in the cache a copy is put together on its way to ``dst``: the same for every call for the same copy."""
+    name = f"{source.url} {source.id} {part} {codec} {dst}"
+    return cache_folder() / "staging" / hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
 @contextmanager
-def staged(plan: Recoding, dst: Place) -> Iterator[Path]:
-    """The planned store in a folder of the cache, on its way to ``dst``; removed once the block is through.
+def staged(plan: Recoding, staging: Path) -> Iterator[Path]:
+    """The planned store in the folder ``staging``; removed once the block is through.
 
     If the block raises, it stays, and the next call for the same copy takes it up.
     """
-    name = f"{plan.source.url} {plan.source.id} {plan.made.to_dict()} {dst}"
-    staging = cache_folder() / "staging" / hashlib.sha256(name.encode()).hexdigest()[:24]
     advice = f" or set {CACHE_VARIABLE} to a folder on a larger disk (the copy is put together here before it is sent)"
     write_recoded(plan, staging, resume=True, advice=advice)
     yield staging
@@ -120,14 +128,43 @@ def staged(plan: Recoding, dst: Place) -> Iterator[Path]:
 
 
 def _provenance_of(
-    store: ActivationStore, hooks: tuple[str, ...], codec: str, documents: tuple[int, int]
+    store: ActivationStore, hooks: tuple[str, ...], codec: str, documents: tuple[int, int], begun: Path | None
 ) -> Provenance:
-    """Settings of the copy; a codec is fitted to a sample and its size and error on it are logged."""
+    """Settings of the copy: a codec as it was fitted where the copy was begun, or as `_fitted` has it."""
+    made = dataclasses.replace(
+        store.provenance,
+        hooks=hooks,
+        codec=codec,
+        codec_configuration={},
+        codec_effect={},
+        derived_from={"id": store.id, "documents": list(documents)},
+    )
+    if begun is not None and (begun / ROOT).exists():
+        there = Provenance.from_dict(read_root(begun), str(begun / ROOT))
+        as_there = dataclasses.replace(
+            made, codec_configuration=there.codec_configuration, codec_effect=there.codec_effect
+        )
+        if not differences(there, as_there):
+            return as_there
+    fitted, effect = _fitted(store, hooks, codec)
+    return dataclasses.replace(made, codec_configuration=fitted, codec_effect=effect)
+
+
+def _fitted(
+    store: ActivationStore, hooks: tuple[str, ...], codec: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+    """By hook: the configuration of a codec that is fitted to a sample, and its size and error, which are logged.
+
+    The error is of all lossy codecs that the rows have been through.
+    """
     old = store.provenance
-    fitted = {}
-    effect = {}
+    before = old.measured("relative_error")
+    fitted: dict[str, dict[str, Any]] = {}
+    effect: dict[str, dict[str, float]] = {}
     for hook in hooks:
         if codec == "raw":
+            if before.get(hook):
+                effect[hook] = {"relative_error": before[hook]}
             continue
         if codec == old.codec:  # rows that were decoded are encoded again as what they came from
             fitted[hook] = old.codec_configuration.get(hook, {})
@@ -139,7 +176,8 @@ def _provenance_of(
         used = codec_of(dataclasses.replace(old, codec=codec, codec_configuration=fitted), hook)
         effect[hook] = {
             "ratio": round(measured_ratio(used, sample), 4),
-            "relative_error": relative_error(used, sample),
+            # two roundings know nothing of each other, so that their squared errors add up
+            "relative_error": relative_error(used, sample) + before.get(hook, 0.0),
         }
         log.info(
             "%s as %s: %.2f x smaller than the raw rows, squared error %.2g of the variance (on %d rows)",
@@ -149,14 +187,7 @@ def _provenance_of(
             effect[hook]["relative_error"],
             len(sample),
         )
-    return dataclasses.replace(
-        old,
-        hooks=hooks,
-        codec=codec,
-        codec_configuration={hook: found for hook, found in fitted.items() if found},
-        codec_effect=effect,
-        derived_from={"id": store.id, "documents": list(documents)},
-    )
+    return {hook: found for hook, found in fitted.items() if found}, effect
 
 
 def _sample(store: ActivationStore, hook: str) -> Float[Tensor, "row d_model"]:

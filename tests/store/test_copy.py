@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.store import ActivationStore
+from tcsae.store import ActivationStore, StoreWriter
+from tcsae.store.card import write_card
+from tcsae.store.codecs import fit
 from tcsae.store.copy import copy_store
 from tcsae.store.errors import (
     ConfigError,
@@ -129,6 +131,47 @@ def test_a_finished_compressed_copy_is_checked_and_mended(store, tmp_path, damag
     assert contents(tmp_path / "copy") == good
 
 
+@pytest.mark.parametrize("dst", ["small", "memory://fits/small.zarr"], ids=["folder", "URL"])
+def test_a_copy_that_is_resumed_keeps_the_fit_that_it_was_begun_with(store, tmp_path, monkeypatch, dst):
+    def fit_a_bit_differently(name, sample, dtype):
+        found = fit(name, sample, dtype)
+        return {**found, "step": found["step"] * (1 + 1e-7)}
+
+    def stop(self, pool=None):
+        raise KeyboardInterrupt
+
+    place = dst if "://" in dst else tmp_path / dst
+    try:
+        with monkeypatch.context() as stopping:
+            stopping.setattr(StoreWriter, "finish", stop)
+            with pytest.raises(Interrupted):
+                copy_store(store.path, place, codec="uniform")
+        monkeypatch.setattr("tcsae.store.recode.fit", fit_a_bit_differently)
+        copied = copy_store(store.path, place, codec="uniform", resume=True)
+        monkeypatch.undo()
+        monkeypatch.setenv("TCSAE_CACHE", str(tmp_path / "cache"))
+        uninterrupted = copy_store(store.path, tmp_path / "whole", codec="uniform")
+        assert (copied.id, copied.ratio) == (uninterrupted.id, uninterrupted.ratio)
+    finally:
+        if "://" in dst and fsspec.filesystem("memory").exists("/fits"):
+            fsspec.filesystem("memory").rm("/fits", recursive=True)
+
+
+@pytest.mark.parametrize("then", ["raw", "lossless", "int8"])
+def test_a_copy_of_a_lossy_copy_states_the_error_of_both(store, tmp_path, then):
+    first = copy_store(store.path, tmp_path / "first", codec="uniform")
+    copy_store(tmp_path / "first", tmp_path / "second", codec=then)
+    second = ActivationStore.open(tmp_path / "second")
+    for hook in HOOKS:
+        rows, again = store.rows(0, 1000, hook).double(), second.rows(0, 1000, hook).double()
+        error = ((again - rows).square().sum() / (rows - rows.mean(dim=0)).square().sum()).item()
+        stated = second.provenance.measured("relative_error")[hook]
+        assert stated == pytest.approx(error, rel=0.05)
+        assert stated >= first.relative_error[hook] > 0
+    assert "as harvested" not in write_card(second)
+    assert "as harvested" in write_card(store)
+
+
 def test_mending_needs_the_space_of_what_is_missing_only(store, tmp_path, monkeypatch):
     copied = copy_store(store.path, tmp_path / "copy", codec="int8")
     monkeypatch.setattr("tcsae.store.recode.free_bytes", lambda path: 0)
@@ -201,6 +244,10 @@ def test_what_lies_at_the_destination_is_safe(store, make_store, tmp_path):
         with pytest.raises(StoreExists, match="not a store"):
             copy_store(store.path, tmp_path / "thesis", resume=resume)
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis" / "thesis.tex").rename(tmp_path / "thesis" / "thesis.partial")
+    with pytest.raises(StoreExists, match="not a store"):
+        copy_store(store.path, tmp_path / "thesis")
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.partial"]
     other = make_store(torch.zeros(50, 16), [50], name="other.zarr")
     with pytest.raises(StoreExists, match="a finished store"):
         copy_store(store.path, other.path)

@@ -74,6 +74,12 @@ def test_a_document_is_its_rows(store, rows):
     assert torch.equal(store.document(1), rows[10:50])
 
 
+@pytest.mark.parametrize("index", [-1, -2, 40])
+def test_a_document_that_is_not_there_is_an_index_error(store, index):
+    with pytest.raises(IndexError, match=f"document {index} of 40"):
+        store.document(index)
+
+
 def test_contexts_know_their_document(store):
     # document 1 has 40 rows, so contexts 1 and 2
     assert store.document_of_context[:6].tolist() == [0, 1, 1, 2, 3, 4]

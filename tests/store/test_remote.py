@@ -214,6 +214,12 @@ def test_http_cannot_be_written_to(store, serve):
         copy_store(store.path, f"{serve().url}/copy.zarr")
 
 
+@pytest.mark.parametrize("url", ["s3://", "memory:///"])
+def test_a_protocol_without_a_place_is_refused(store, url):
+    with pytest.raises(ConfigError, match="expected more than a protocol"):
+        copy_store(store.path, url)
+
+
 READ_ALL = """
 import sys
 from tcsae.store import ActivationStore

@@ -184,6 +184,28 @@ def test_a_folder_with_other_things_is_not_touched(plan, tmp_path):
     assert [p.name for p in (tmp_path / "s").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "activations/layer3.npy",
+            "activations/run/c/0/0.npy",
+            "checksums/md5.txt",
+            "truth/labels/zarr.json/a",
+        ),
+        *("tokens", "tokens/c/0/0/0", "mine.partial", "documents.parquet.old"),
+    ],
+)
+def test_a_folder_that_holds_something_else_under_a_stores_names_is_not_touched(plan, tmp_path, name):
+    precious = tmp_path / "s" / name
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    with pytest.raises(StoreExists, match="not a store"), StoreWriter.create(tmp_path / "s", *plan):
+        pass
+    assert [p for p in (tmp_path / "s").rglob("*") if p.is_file()] == [precious]
+    assert precious.read_text() == "precious"
+
+
 HOLD_THE_LOCK = """
 import sys
 from pathlib import Path
