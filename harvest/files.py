@@ -79,6 +79,7 @@ def count_parquet(path: Path) -> int | None:
 
 def read_folder(folder: Path) -> Rows:
     """One document a .txt file at any depth, in the order of their paths; the path is the id."""
+    source = (folder.resolve() if folder.name in ("", "..") else folder).name
     found, unreadable = _texts(folder)
     for error in unreadable:
         yield BadRow(str(error.filename), f"folder not readable: {error.strerror}")
@@ -91,7 +92,7 @@ def read_folder(folder: Path) -> Rows:
         except OSError as error:
             yield BadRow(name, f"not readable: {error.strerror}")
             continue
-        yield Document(id=name, text=text, source=folder.name, topic=None)
+        yield Document(id=name, text=text, source=source, topic=None)
 
 
 def count_folder(folder: Path) -> int:

@@ -49,13 +49,16 @@ def _facts(about: Description) -> str:
 def _hooks(about: Description) -> str:
     rows = []
     for hook in about.hooks:
-        norms = about.norm_quantiles[hook]
+        norms = about.norm_quantiles.get(hook)
         ratio, error = about.codec_ratio.get(hook), about.codec_error.get(hook)
         measured = [] if ratio is None else [f"{ratio:.2f} x smaller"]
         measured += [] if error is None else [f"error {error:.2g} of the variance"]
         effect = ", ".join(measured) or ("as harvested" if about.codec == "raw" else "not measured")
-        quantiles = " / ".join(f"{norms[q]:.4g}" for q in ("0.01", "0.5", "0.99", "1.0"))
-        rows.append((_code(hook), quantiles, f"{about.outliers[hook]:,}", effect))
+        quantiles, outliers = "no row in the train split", "-"
+        if norms is not None:
+            quantiles = " / ".join(f"{norms[q]:.4g}" for q in ("0.01", "0.5", "0.99", "1.0"))
+            outliers = f"{about.outliers[hook]:,}"
+        rows.append((_code(hook), quantiles, outliers, effect))
     header = ("hook", "norm: 1 % / median / 99 % / largest", "outliers", "codec, measured on a sample")
     note = "Norms and outliers (more than ten times the median) are those of the train split."
     return "\n\n".join([f"## Hooks\n\n{_table(header, rows)}", note, *_effect(about)])

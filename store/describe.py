@@ -56,11 +56,11 @@ class Description:
     codec_error: dict[str, float]
     """squared error of the decoded rows over their variance, by hook, on a sample; likewise"""
     median_norm: dict[str, float]
-    """median norm of an activation, by hook, train split"""
+    """median norm of an activation, by hook, train split; empty if that has no row"""
     outliers: dict[str, int]
-    """rows whose norm is more than ten times that, by hook, train split"""
+    """rows whose norm is more than ten times that, by hook, train split; likewise"""
     norm_quantiles: dict[str, dict[str, float]]
-    """quantiles of the norm, by hook, train split"""
+    """quantiles of the norm, by hook, train split; likewise"""
     examples: tuple[str, ...]
     """beginnings of a few documents, if a decoder was given"""
     created: str
@@ -88,7 +88,8 @@ def describe(
     if not isinstance(store, ActivationStore):
         store = ActivationStore.open(store)
     made = store.provenance
-    statistics = {hook: store.statistics(hook) for hook in store.hooks}
+    # zeros stand in the statistics of a store whose documents are all held out: not measured, so not shown
+    statistics = {hook: found for hook in store.hooks if (found := store.statistics(hook)).n_rows}
     topics = store.documents["topic"].to_pylist()
     return Description(
         path=store.url,

@@ -52,15 +52,18 @@ def is_url(path: str | Path) -> bool:
 
 
 def local_path(path: str | Path) -> Path:
-    """A plain path or ``file://`` URL as a path; ``~`` is the home folder, which no shell makes of ``--out=~/x``."""
+    """A plain path or ``file://`` URL as a path; ``~`` is the home folder, which no shell makes of ``--out=~/x``.
+
+    Raises `ConfigError` if its name is not UTF-8.
+    """
     return _expanded(Path(str(path).removeprefix("file://")))
 
 
 def folder_here(path: Path) -> Path:
-    """``path``, which something is to be written to; raises `ConfigError` if it was a URL before it was a path."""
+    """``path``, which something is to be written to, as `local_path`; raises `ConfigError` also for another URL."""
     scheme = path.parts[0] if path.parts else ""
     if scheme == "file:":  # Path("file:///a") is file:/a
-        return Path("/", *path.parts[1:])
+        return _expanded(Path("/", *path.parts[1:]))
     if scheme.endswith(":"):
         raise ConfigError(
             f"{scheme}//{'/'.join(path.parts[1:])}: expected a folder on this machine, got a URL; write to a folder "
@@ -71,7 +74,10 @@ def folder_here(path: Path) -> Path:
 
 def _expanded(path: Path) -> Path:
     try:
+        str(path).encode()
         return path.expanduser()
+    except UnicodeEncodeError as error:  # pyarrow and torch take paths as text
+        raise ConfigError(f"{path}: expected a name in UTF-8; rename it or choose another path") from error
     except RuntimeError:  # a folder of such a name, for no such user is known
         return path
 

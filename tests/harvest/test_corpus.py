@@ -108,6 +108,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     corpus = read_corpus(str(folder))
     assert [(d.id, d.text) for d in corpus] == [(n, f"text of {n}") for n in ("a/c.txt", "a/z.txt", "b.txt")]
+    assert {d.source for spec in (folder, folder / "a" / "..") for d in read_corpus(str(spec))} == {"texts"}
     assert str(corpus.skips) == "1 not UTF-8 (first: latin.txt)"
 
 

@@ -47,6 +47,16 @@ def test_the_card_names_model_rows_hooks_and_topics(store):
     assert store.id in card
 
 
+def test_norms_of_a_store_without_a_train_split_are_not_made_up(store, tmp_path):
+    held_out = int(store.documents_in("test")[0])
+    part = tmp_path / "part"
+    copy_store(store.path, part, documents=(held_out, held_out + 1))
+    found = describe(part)
+    assert found.splits == {"test": 1}
+    assert (found.median_norm, found.outliers, found.norm_quantiles) == ({}, {}, {})
+    assert "| no row in the train split | - |" in write_card(part)
+
+
 def test_the_card_of_a_compressed_copy_states_its_measured_effect(store, tmp_path):
     copied = copy_store(store.path, tmp_path / "small", codec="int8")
     card = write_card(tmp_path / "small")

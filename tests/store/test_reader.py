@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -111,6 +112,11 @@ def test_what_is_not_a_store_is_said_to_be_none(tmp_path):
         ActivationStore.open(tmp_path / "nowhere")
     with pytest.raises(StoreNotFound, match="no finished plan"):
         ActivationStore.open(tmp_path)
+
+
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected a name in UTF-8"):
+        ActivationStore.open(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.zarr"))
 
 
 def test_a_store_can_be_sent_to_a_spawned_process(store, rows):
