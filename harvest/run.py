@@ -117,7 +117,7 @@ def _drawing(source: SyntheticSource) -> Compute:
 
 
 def _nothing_missing(config: HarvestConfig, writer: StoreWriter) -> HarvestSummary:
-    if writer.complete:
+    if writer.is_finished:
         log.info("%s: is complete, nothing to do", config.store)
     else:
         with _pool(config, _new_run()) as pool:

@@ -34,6 +34,9 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 MEND = "copy the file again from a good store, or recompute it with `tcsae harvest ... --resume`"
 
+COPY_AGAIN = "copy it again from a good store with `tcsae store copy ... --resume`"
+"""for a file of the plan, which a harvest goes by and does not make again"""
+
 
 def chunk_path(store: Path, hook: str, chunk: int) -> Path:
     """File of chunk number ``chunk`` (Zarr's default key for a two-dimensional array)."""
@@ -158,7 +161,9 @@ def codec_of(made: Provenance, hook: str) -> Codec:
         ) from error
 
 
-def map_raw(path: Path, n_bytes: int | None, *, checksum: int | None = None) -> tuple[Bytes, int]:
+def map_raw(
+    path: Path, n_bytes: int | None, *, checksum: int | None = None, mend: str = MEND
+) -> tuple[Bytes, int]:
     """Map a file that `write_raw` wrote and check it: its body and its CRC-32C.
 
     The whole file is read once for the check.
@@ -171,26 +176,28 @@ def map_raw(path: Path, n_bytes: int | None, *, checksum: int | None = None) -> 
         its expected size, checksum included; None if only its checksum tells
     checksum
         the CRC-32C that the store's table has for it, which tells a file swapped for another, whole one
+    mend
+        what an error says is to be done
 
     Raises
     ------
     StoreCorrupt
         as `map_file`, or the file fails its checksum
     """
-    raw = map_file(path, n_bytes)
+    raw = map_file(path, n_bytes, mend=mend)
     body = raw[:-CHECKSUM_BYTES]
     stored = int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
     computed = int(google_crc32c.value(body))
     if stored != computed:
-        raise StoreCorrupt(f"{path}: CRC-32C {stored:08x} stored, {computed:08x} computed; {MEND}")
+        raise StoreCorrupt(f"{path}: CRC-32C {stored:08x} stored, {computed:08x} computed; {mend}")
     if checksum is not None and checksum != stored:
         raise StoreCorrupt(
-            f"{path}: CRC-32C {checksum:08x} expected, {stored:08x} found: another chunk's file; {MEND}"
+            f"{path}: CRC-32C {checksum:08x} expected, {stored:08x} found: another chunk's file; {mend}"
         )
     return body, stored
 
 
-def map_file(path: Path, n_bytes: int | None) -> Bytes:
+def map_file(path: Path, n_bytes: int | None, *, mend: str = MEND) -> Bytes:
     """Map a file of ``n_bytes``, or of any size that holds a checksum, without looking at its bytes.
 
     The map is copy-on-write: writing to it never changes the file. It holds no file descriptor, of which a
@@ -204,11 +211,11 @@ def map_file(path: Path, n_bytes: int | None) -> Bytes:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
-        raise StoreCorrupt(f"{path}: chunk is missing; {MEND}") from None
+        raise StoreCorrupt(f"{path}: chunk is missing; {mend}") from None
     if found != (n_bytes or max(found, CHECKSUM_BYTES)):
-        raise StoreCorrupt(f"{path}: expected {n_bytes or 'more'} bytes, got {found}; {MEND}")
+        raise StoreCorrupt(f"{path}: expected {n_bytes or 'more'} bytes, got {found}; {mend}")
     try:
         mapped = torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8)
     except RuntimeError as error:
-        raise StoreCorrupt(f"{path}: cannot be mapped ({str(error).splitlines()[0]}); {MEND}") from error
+        raise StoreCorrupt(f"{path}: cannot be mapped ({str(error).splitlines()[0]}); {mend}") from error
     return mapped.numpy()

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tcsae.store.atomic import sync_folders, write_atomically
-from tcsae.store.chunks import read_checked, write_raw
+from tcsae.store.chunks import COPY_AGAIN, read_checked, write_raw
+from tcsae.store.errors import StoreCorrupt
 from tcsae.store.layout import Layout
 from tcsae.store.metadata import (
     PLANNED_ATTRIBUTES,
@@ -39,7 +40,7 @@ def complete_store(path: Path, layout: Layout, made: Provenance, pool: Pool) -> 
     """Read every chunk of every hook twice, by the workers of ``pool``, and mark the store as complete.
 
     The bytes that are written are the same whoever reads. Call it while holding the store's lock. Raises
-    `StoreCorrupt` if a chunk is missing or damaged.
+    `StoreCorrupt` if a chunk is missing or damaged, or not one of those that the store was complete with before.
     """
     tables: dict[str, npt.NDArray[np.uint32]] = {}
     found: dict[str, Any] = {}
@@ -51,11 +52,16 @@ def complete_store(path: Path, layout: Layout, made: Provenance, pool: Pool) -> 
             checksums: list[int] = []
             quantiles = quantiles_of(_looks(chunks, pool, checksums, bar.update))
             tables[hook] = np.array(checksums, dtype="<u4")
-            write_raw(path / CHECKSUMS / hook / "c" / "0", tables[hook].view(np.uint8))
             statistics = train_statistics(chunks, quantiles, made.d_model, pool=pool, on_chunk=bar.update)
             found[hook] = statistics.to_dict()
     identity = store_id(made, layout.tokens, tables.values())
     begun = {TABLE_DIGESTS: table_digests(path, digested_files(made))} | read_root(path)
+    if begun.get("complete") and begun.get("id") != identity:
+        raise StoreCorrupt(
+            f"{path}: id: {begun.get('id')} when it was finished, {identity} of the chunks that are there; {COPY_AGAIN}"
+        )
+    for hook, table in tables.items():
+        write_raw(path / CHECKSUMS / hook / "c" / "0", table.view(np.uint8))
     planned = {name: begun[name] for name in PLANNED_ATTRIBUTES if name in begun}
     attributes = {**planned, "statistics": found, "id": identity, "complete": True}
     sync_folders(path)  # of every chunk and table, before the root group says that they are there

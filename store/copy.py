@@ -51,7 +51,7 @@ class Copied:
     files: int
     """files of the copy"""
     kept: int
-    """of these, files that an earlier call had copied"""
+    """of these, chunk files that an earlier call had copied; where one of a chunk's hooks lacks it, all are written"""
     bytes: int
     """bytes of the copy"""
     ratio: dict[str, float]
@@ -143,10 +143,10 @@ def copy_store(
             here = staging_folder(opened, part, name, dst)
             plan = plan_recoding(opened, part, name, here)
         if isinstance(target, LocalEnd):
-            write_recoded(plan, target.path, resume=resume)
+            kept = write_recoded(plan, target.path, resume=resume)
             identity = read_root(target.path)["id"]
             size, n_files = folder_bytes(target.path)
-            moved = Moved(files=n_files, kept=0, bytes=size)
+            moved = Moved(files=n_files, kept=kept, bytes=size)
         else:
             with staged(plan, here) as staging:
                 written = open_source(staging, LocalEnd(staging))

@@ -17,7 +17,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta makes tensors, but without values
     # What torch raises depends on the backend: an unknown name or a missing GPU, a build without CUDA, a backend
     # that has no such operation.
     except (RuntimeError, AssertionError, NotImplementedError) as error:

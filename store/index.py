@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tcsae.store.chunks import CHECKSUM_BYTES, MEND, codec_of, map_file, map_raw
+from tcsae.store.chunks import CHECKSUM_BYTES, COPY_AGAIN, codec_of, map_file, map_raw
 from tcsae.store.errors import StoreCorrupt
 from tcsae.store.layout import Layout, offsets_problem
 from tcsae.store.metadata import (
@@ -96,12 +96,12 @@ def _index(store: Path, name: str) -> npt.NDArray[Any]:
     try:
         length = found["shape"][0]
     except (KeyError, IndexError, TypeError) as error:
-        raise StoreCorrupt(f"{header}: cannot be read ({error}); {MEND}") from error
+        raise StoreCorrupt(f"{header}: cannot be read ({error}); {COPY_AGAIN}") from error
     if type(length) is not int or length < 0:
-        raise StoreCorrupt(f"{header}: shape: expected a length, got {length!r}; {MEND}")
+        raise StoreCorrupt(f"{header}: shape: expected a length, got {length!r}; {COPY_AGAIN}")
     path = store / name / "c" / "0"
     refuse_link(store, path)
-    map_raw(path, length * INDEX_DTYPES[name].itemsize + CHECKSUM_BYTES)
+    map_raw(path, length * INDEX_DTYPES[name].itemsize + CHECKSUM_BYTES, mend=COPY_AGAIN)
     # Mapped anew: what the check has read of the first map would count as this process's memory.
     return map_index(store, name, length)
 
@@ -109,7 +109,7 @@ def _index(store: Path, name: str) -> npt.NDArray[Any]:
 def map_index(store: Path, name: str, length: int) -> npt.NDArray[Any]:
     """Map an index array of ``length`` without looking at its bytes; raises `StoreCorrupt` as `map_file` does."""
     dtype = INDEX_DTYPES[name]
-    mapped = map_file(store / name / "c" / "0", length * dtype.itemsize + CHECKSUM_BYTES)
+    mapped = map_file(store / name / "c" / "0", length * dtype.itemsize + CHECKSUM_BYTES, mend=COPY_AGAIN)
     return mapped[:-CHECKSUM_BYTES].view(dtype)
 
 
@@ -149,7 +149,7 @@ def _read_header(path: Path) -> Any:
         content = path.read_bytes() if n_bytes <= MAX_HEADER_BYTES else b"null"
         found = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise StoreCorrupt(f"{path}: cannot be read ({error}); {MEND}") from error
+        raise StoreCorrupt(f"{path}: cannot be read ({error}); {COPY_AGAIN}") from error
     if n_bytes > MAX_HEADER_BYTES:
         raise too_large(str(path), n_bytes)
     return found

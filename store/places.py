@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tcsae.store.atomic import PARTIAL, exclusive, remove_partials, sync_folders, write_atomically
 from tcsae.store.claim import Check, claimed
-from tcsae.store.errors import StoreBusy, StoreCorrupt, StoreExists
+from tcsae.store.errors import ConfigError, StoreBusy, StoreCorrupt, StoreExists
 from tcsae.store.metadata import ROOT
 from tcsae.store.planning import LOCK
 from tcsae.store.remote import RemoteFolder, Transfer, is_url, local_path
@@ -121,6 +121,8 @@ def write_file(place: Place, content: bytes) -> None:
     """Put ``content`` at ``place``, a file's path or URL, whole or not at all; raises `RemoteError`, `ConfigError`."""
     folder, _, name = str(place).rpartition("/")
     if is_url(place):
+        if not name:
+            raise ConfigError(f"{place}: expected a file's name, got a folder's; add one such as README.md")
         RemoteFolder(folder).write(name, content)
     else:
         write_atomically(local_path(place), content)

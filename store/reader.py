@@ -10,7 +10,7 @@ import itertools
 import operator
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -168,9 +168,11 @@ class ActivationStore:
         return read_truth(self.path, self.provenance)
 
     def documents_in(self, split: Split | Literal["all"]) -> Int64Array:
-        """Indices of the documents of ``split``, in order, int64."""
+        """Indices of the documents of ``split``, in order, int64; raises `ConfigError` for another word."""
         if split == "all":
             return np.arange(self.n_documents)
+        if split not in get_args(Split):
+            raise ConfigError(f"split: expected one of {', '.join(get_args(Split))} or all, got {split!r}")
         return np.flatnonzero(np.array(self.documents["split"].to_pylist()) == split)
 
     def contexts_in(self, split: Split | Literal["all"]) -> Int64Array:
@@ -223,10 +225,16 @@ class ActivationStore:
         ------
         IndexError
             a row is not in the store
+        TypeError
+            ``rows`` are no whole numbers, such as a mask
         ValueError
             ``out`` has another shape or dtype, or its rows do not lie one after the other
         """
         wanted = np.asarray(rows)
+        if len(wanted) and wanted.dtype.kind not in "iu":
+            raise TypeError(
+                f"rows: expected their numbers, got {wanted.dtype}; of a mask take np.flatnonzero"
+            )
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.n_rows):
             raise IndexError(f"{self.url}: rows {wanted.min()}..{wanted.max()} of {self.n_rows}")
         chunks, size = self._chunks[self._hook(hook)], self.provenance.rows_per_chunk

@@ -70,11 +70,12 @@ def plan_recoding(
     )
 
 
-def write_recoded(plan: Recoding, path: Path, *, resume: bool, advice: str = "") -> None:
+def write_recoded(plan: Recoding, path: Path, *, resume: bool, advice: str = "") -> int:
     """Write the planned store to the folder ``path``; with ``resume``, what is missing or damaged of it.
 
-    ``advice`` is what to do, besides freeing space, if it does not fit. Raises as `StoreWriter` does, and
-    `DiskFull` with the numbers before the first byte if there is too little space.
+    Returns how many chunk files were there already. ``advice`` is what to do, besides freeing space, if it does not
+    fit. Raises as `StoreWriter` does, and `DiskFull` with the numbers before the first byte if there is too little
+    space.
     """
     going_on = resume and (path / ROOT).exists()
     in_all = store_bytes(plan.made, plan.layout)
@@ -88,9 +89,10 @@ def write_recoded(plan: Recoding, path: Path, *, resume: bool, advice: str = "")
     with opened as writer:
         # chunks whose root group is not complete have no table to be compared with: each must be whole by itself
         missing = writer.missing()
+        kept = (writer.n_chunks - len(missing)) * len(plan.made.hooks)
+        if not missing and writer.is_finished:
+            return kept
         if writer.complete:
-            if not missing:
-                return
             _check_space(plan, path, in_all * len(missing) // writer.n_chunks, advice)
         with progress(writer.n_chunks, "chunk", f"write {path.name}", writer.n_chunks - len(missing)) as bar:
             for chunk in missing:
@@ -99,6 +101,7 @@ def write_recoded(plan: Recoding, path: Path, *, resume: bool, advice: str = "")
                     writer.write(hook, chunk, plan.source.rows(start, stop, hook))
                 bar.update()
         writer.finish()
+    return kept
 
 
 def _check_space(plan: Recoding, path: Path, needed: int, advice: str) -> None:

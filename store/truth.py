@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, UInt8
 
-from tcsae.store.chunks import CHECKSUM_BYTES, map_raw, write_raw
+from tcsae.store.chunks import CHECKSUM_BYTES, COPY_AGAIN, map_raw, write_raw
 from tcsae.store.errors import ConfigError, StoreCorrupt, StoreError
 from tcsae.store.index import digest_problems, refuse_link
 from tcsae.store.metadata import ROOT, read_root, recorded_digests
@@ -144,7 +144,7 @@ def read_truth(store: Path, made: Provenance) -> Truth | None:
         refuse_link(store, path)
         dtype = np.dtype(one.dtype)
         size = int(np.prod(one.shape)) * dtype.itemsize + CHECKSUM_BYTES
-        arrays[name] = map_raw(path, size)[0].view(dtype).reshape(one.shape).copy()
+        arrays[name] = map_raw(path, size, mend=COPY_AGAIN)[0].view(dtype).reshape(one.shape).copy()
     try:
         return Truth(**arrays)
     except ConfigError as error:

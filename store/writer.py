@@ -119,6 +119,11 @@ class StoreWriter:
         """whether `finish` has run"""
         return bool(read_root(self.path).get("complete"))
 
+    @property
+    def is_finished(self) -> bool:
+        """whether `finish` has run and what it has written of checksums is whole still"""
+        return self.complete and all(self._checksums(hook) is not None for hook in self.provenance.hooks)
+
     def rows_of(self, chunk: int) -> tuple[int, int]:
         """Rows ``[start, stop)`` that chunk number ``chunk`` holds; the last chunk is shorter."""
         start = chunk * self.provenance.rows_per_chunk

@@ -272,6 +272,17 @@ def test_resuming_mends_a_chunk_with_a_flipped_bit(
     assert hashes(store) == hashes(reference.path)
 
 
+def test_resuming_mends_a_table_of_checksums(
+    config: HarvestConfig, reference: ActivationStore, tmp_path: Path
+) -> None:
+    store = tmp_path / "s"
+    shutil.copytree(reference.path, store)
+    table = store / "checksums" / HOOKS[1] / "c" / "0"
+    table.write_bytes(table.read_bytes()[:-1])
+    assert harvest(replace(config, store=store, resume=True)).computed_chunks == 0
+    assert hashes(store) == hashes(reference.path)
+
+
 def test_resuming_without_a_store_begins_one(config: HarvestConfig, tmp_path: Path) -> None:
     summary = harvest(replace(config, store=tmp_path / "s", max_tokens=1500, resume=True))
     assert summary.computed_chunks == summary.chunks

@@ -360,9 +360,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert "\n" not in str(caught.value)
 
 
-def test_a_device_that_is_not_there_is_refused(neox_folder: Path) -> None:
+@pytest.mark.parametrize("device", ["abacus", "meta"])
+def test_a_device_that_is_not_there_or_holds_no_values_is_refused(neox_folder: Path, device: str) -> None:
     with pytest.raises(ConfigError, match="device: expected auto, cpu or a GPU"):
-        load_model(str(neox_folder), device="abacus")
+        load_model(str(neox_folder), device=device)
 
 
 # --------------------------------------------------------------------- conversion

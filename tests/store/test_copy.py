@@ -25,7 +25,7 @@ from tcsae.store.errors import (
     StoreNotFound,
     UnknownName,
 )
-from tcsae.store.places import LocalEnd
+from tcsae.store.places import LocalEnd, write_file
 from tcsae.store.recode import plan_recoding
 from tcsae.store.space import store_bytes
 from tcsae.store.verify import verify
@@ -120,14 +120,16 @@ def test_a_copy_that_was_stopped_goes_on_where_it_was(store, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda path: flip(path / "activations" / HOOKS[1] / "c" / "2" / "0", 99), swap]
+    ("damage", "kept"),
+    [(lambda path: flip(path / "activations" / HOOKS[1] / "c" / "2" / "0", 99), 6), (swap, 4)],
+    ids=["one of four chunks", "two"],
 )
-def test_a_finished_compressed_copy_is_checked_and_mended(store, tmp_path, damage):
+def test_a_finished_compressed_copy_is_checked_and_mended(store, tmp_path, damage, kept):
     copy_store(store.path, tmp_path / "copy", codec="uniform")
     good = contents(tmp_path / "copy")
     damage(tmp_path / "copy")
     assert contents(tmp_path / "copy") != good
-    copy_store(store.path, tmp_path / "copy", codec="uniform", resume=True)
+    assert copy_store(store.path, tmp_path / "copy", codec="uniform", resume=True).kept == kept
     assert contents(tmp_path / "copy") == good
 
 
@@ -278,6 +280,11 @@ def test_memory_urls_go_both_ways(store, tmp_path):
         assert not list((tmp_path / "cache" / "staging").iterdir())
     finally:
         fsspec.filesystem("memory").rm("/lab", recursive=True)
+
+
+def test_a_file_at_a_url_needs_a_name():
+    with pytest.raises(ConfigError, match="memory://lab/: expected a file's name"):
+        write_file("memory://lab/", b"text")
 
 
 def test_an_unknown_protocol_says_what_to_install(store):

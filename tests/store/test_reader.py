@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import multiprocessing
 import os
@@ -69,6 +70,19 @@ def test_gather_keeps_the_order_asked_for(store, rows):
 def test_gather_outside_the_store_is_an_index_error(store):
     with pytest.raises(IndexError, match="of 1000"):
         store.gather(torch.tensor([5, 1000]))
+
+
+@pytest.mark.parametrize("wanted", [np.ones(1000, dtype=bool), np.array([0.0, 3.5])], ids=["mask", "floats"])
+def test_a_gather_of_what_are_no_row_numbers_is_refused(store, wanted):
+    gather = inspect.unwrap(ActivationStore.gather)  # past the test run's type checker
+    with pytest.raises(TypeError, match="expected their numbers"):
+        gather(store, wanted)
+
+
+def test_a_split_that_there_is_not_is_no_empty_one(store):
+    documents_in = inspect.unwrap(ActivationStore.documents_in)
+    with pytest.raises(ConfigError, match="split: expected one of train, test or all, got 'validation'"):
+        documents_in(store, "validation")
 
 
 def test_a_document_is_its_rows(store, rows):

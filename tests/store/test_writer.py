@@ -26,6 +26,7 @@ from tcsae.store.errors import (
     StoreMismatch,
 )
 from tcsae.store.layout import Layout
+from tcsae.tests.fixtures import hashes
 from tcsae.tests.store.damage import flip, swap
 
 HOOK = "blocks.0.hook_resid_post"
@@ -115,6 +116,31 @@ def test_a_damaged_table_of_checksums_leaves_each_chunk_its_own(plan, tmp_path):
     flip(chunk_file(tmp_path / "s", 2), 100)
     with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
         assert writer.missing() == [2]
+
+
+def test_a_damaged_table_of_checksums_is_made_again_but_not_of_other_chunks(plan, tmp_path):
+    with StoreWriter.create(tmp_path / "s", *plan) as writer:
+        write(writer, [0, 1, 2, 3])
+        writer.finish()
+        assert writer.is_finished
+    before = hashes(tmp_path / "s")
+    table = tmp_path / "s" / "checksums" / HOOK / "c" / "0"
+    flip(table, 3)
+    with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
+        assert writer.complete
+        assert not writer.is_finished
+        writer.finish()
+    assert hashes(tmp_path / "s") == before
+    flip(table, 3)
+    swap(tmp_path / "s")
+    damaged = table.read_bytes()
+    with StoreWriter.resume(tmp_path / "s", plan[1]) as writer:
+        assert writer.missing() == []  # each chunk is whole by itself
+        with pytest.raises(
+            StoreCorrupt, match="id: .* when it was finished, .* of the chunks that are there"
+        ):
+            writer.finish()
+    assert table.read_bytes() == damaged
 
 
 def test_chunks_that_lie_where_a_store_was_deleted_in_part_are_not_taken_over(
