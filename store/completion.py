@@ -36,11 +36,14 @@ from tcsae.store.statistics import (
 )
 
 
-def complete_store(path: Path, layout: Layout, made: Provenance, pool: Pool) -> None:
+def complete_store(
+    path: Path, layout: Layout, made: Provenance, pool: Pool, *, keeps_id: bool = False
+) -> None:
     """Read every chunk of every hook twice, by the workers of ``pool``, and mark the store as complete.
 
     The bytes that are written are the same whoever reads. Call it while holding the store's lock. Raises
-    `StoreCorrupt` if a chunk is missing or damaged, or not one of those that the store was complete with before.
+    `StoreCorrupt` if a chunk is missing or damaged, or, with ``keeps_id``, if the id is another one than before: where
+    the tables of checksums are lost, nothing else tells that chunks are those that the store was complete with.
     """
     tables: dict[str, npt.NDArray[np.uint32]] = {}
     found: dict[str, Any] = {}
@@ -56,7 +59,7 @@ def complete_store(path: Path, layout: Layout, made: Provenance, pool: Pool) -> 
             found[hook] = statistics.to_dict()
     identity = store_id(made, layout.tokens, tables.values())
     begun = {TABLE_DIGESTS: table_digests(path, digested_files(made))} | read_root(path)
-    if begun.get("complete") and begun.get("id") != identity:
+    if keeps_id and begun.get("id") != identity:
         raise StoreCorrupt(
             f"{path}: id: {begun.get('id')} when it was finished, {identity} of the chunks that are there; {COPY_AGAIN}"
         )

@@ -193,7 +193,8 @@ class StoreWriter:
         bytes are the same whoever reads. Raises `StoreCorrupt` if a chunk is still missing, `DiskFull` as `wait` does.
         """
         self.wait()
-        complete_store(self.path, self.layout, self.provenance, pool)
+        lost = self.complete and not self.is_finished
+        complete_store(self.path, self.layout, self.provenance, pool, keeps_id=lost)
 
     @contextmanager
     def _settling_behind(self) -> Iterator[None]:
