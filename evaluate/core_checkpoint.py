@@ -1,16 +1,19 @@
 """A replay that was stopped goes on at its next batch: what it had gathered lies beside the results.
 
-One file a hook, ``core/.replay-<hook>.safetensors``, written every minute and when the call is interrupted, removed
-once every SAE's result is there. It is used if the text, the batches and the settings are the same and all SAEs
-asked for were in it; the figures are then, bit for bit, those of a call that was never stopped.
+One file a hook, ``core/.replay-<hook>.safetensors``, written every minute and when the call is interrupted, removed by
+a call that has every one of its SAEs' results (`remove_states`). It is used if the text, the batches and the settings
+are the same and all SAEs asked for were in it; the figures are then, bit for bit, those of a call never stopped.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from tcsae.evaluate.core_replay import Replay
 from tcsae.evaluate.saved_arrays import arrays_from_bytes, bytes_of_arrays
@@ -18,6 +21,9 @@ from tcsae.store.atomic import write_atomically
 
 SECONDS_BETWEEN = 60.0
 """Between two checkpoints: their megabytes are nothing beside the batches of a minute."""
+
+NAME = ".replay-{}.safetensors"
+"""Name of the file of a hook, beside the results"""
 
 FORMAT = 1
 """Of the state: which arrays it has and what is in them. To be raised with them."""
@@ -41,18 +47,9 @@ class ReplayCheckpoint:
 
     def load(self, replay: Replay) -> None:
         """Let ``replay`` go on from the file, if there is one that fits; else it begins at the first batch."""
-        if not self._path.is_file():
-            return
-        try:
-            state, text = arrays_from_bytes(self._path.read_bytes())
-            saved = json.loads(text)
-            is_ours, prints = saved["format"] == FORMAT, saved["prints"]
-        except (OSError, ValueError, KeyError, TypeError):
-            # damaged, or of an older version: nothing is lost but the time
-            return
-        if not (is_ours and set(self._prints) <= set(prints)):
-            return
-        replay.restore(state, [prints.index(one) for one in self._prints])
+        found = _read(self._path) if self._path.is_file() else None
+        if found is not None and set(self._prints) <= set(found.prints):
+            replay.restore(found.state, [found.prints.index(one) for one in self._prints])
 
     def save_if_due(self, replay: Replay) -> None:
         """Write the state if the last time is long ago."""
@@ -65,6 +62,28 @@ class ReplayCheckpoint:
         write_atomically(self._path, bytes_of_arrays(replay.state(), text))
         self._saved_at = time.monotonic()
 
-    def remove(self) -> None:
-        """Forget the state: every result is written."""
-        self._path.unlink(missing_ok=True)
+
+def remove_states(folder: Path, finished: Collection[str]) -> None:
+    """Remove from ``folder`` the states of replays all of whose SAEs have results, given by their fingerprints.
+
+    A state that cannot be read is of no use to anyone and goes as well.
+    """
+    for path in sorted(folder.glob(NAME.format("*"))):
+        found = _read(path)
+        if found is None or set(found.prints) <= set(finished):
+            path.unlink(missing_ok=True)
+
+
+class _Saved(NamedTuple):
+    state: dict[str, np.ndarray]
+    prints: list[str]
+
+
+def _read(path: Path) -> _Saved | None:
+    """None where it is damaged, or of an older version: nothing is lost but the time."""
+    try:
+        state, text = arrays_from_bytes(path.read_bytes())
+        saved = json.loads(text)
+        return _Saved(state, saved["prints"]) if saved["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

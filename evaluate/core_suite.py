@@ -8,7 +8,7 @@ from typing import Any
 from tcsae.evaluate.bench import Bench, Measured
 from tcsae.evaluate.config import EvaluateConfig, Suite
 from tcsae.evaluate.core import CoreResult, core_result, core_result_without_model, run_replay
-from tcsae.evaluate.core_checkpoint import ReplayCheckpoint
+from tcsae.evaluate.core_checkpoint import NAME, ReplayCheckpoint
 from tcsae.evaluate.core_replay import Replay
 from tcsae.evaluate.core_text import ReplayText, text_of_rows, text_of_store
 from tcsae.evaluate.subjects import Subject
@@ -51,7 +51,7 @@ def _measure_hook(
     text = _text(hook, bench)
     saes = [one.sae.to(bench.device) for one in ones]
     replay = Replay(bench.model, hook, text.mean, saes, text.n_documents, reconstructs=text.held_out is None)
-    checkpoint = ReplayCheckpoint(bench.config.out / "core" / f".replay-{hook}.safetensors", prints)
+    checkpoint = ReplayCheckpoint(bench.config.out / "core" / NAME.format(hook), prints)
     with progress(text.n_tokens, "token", "core: replay") as bar:
         run_replay(replay, text, checkpoint, bar)
     n_rows = text.held_out.n_tokens if text.held_out is not None else 0
@@ -60,7 +60,6 @@ def _measure_hook(
             bar.set_postfix_str(one.name)
             found = core_result(saes[at], at, print_, replay, text, _conditions(bench), bar.update)
             yield one, _measured(found, bench)
-    checkpoint.remove()
 
 
 def _measure_rows(

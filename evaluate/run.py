@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcsae.evaluate.bench import Bench
 from tcsae.evaluate.config import DEFAULT_SUITES, EvaluateConfig, Suite
+from tcsae.evaluate.core_checkpoint import remove_states
 from tcsae.evaluate.estimates import SuiteResult
 from tcsae.evaluate.finish import finish
 from tcsae.evaluate.heldout import HeldOut
@@ -167,4 +168,7 @@ def _results(subjects: Sequence[Subject], bench: Bench) -> dict[tuple[Suite, str
             of = fields_of_sae(one, bench.about)
             write_measured(bench.config.out, suite.name, one.name, measured, of)
             results[suite.name, one.name] = measured.result
+    remove_states(
+        bench.config.out / "core", [print_ for (suite, _), print_ in prints.items() if suite == "core"]
+    )
     return results

@@ -127,14 +127,16 @@ def run_chunk(
     batch_tokens: int,
     on_rows: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Float[Tensor, "row d_model"]]:
-    """Activations of the rows ``[start, stop)`` at every hook, float32, BOS rows left out.
+    """Activations of the rows ``[start, stop)`` at every hook, in the pass's dtype, BOS rows left out.
 
     ``on_rows`` hears, after each batch, how many of the rows it gave.
     """
-    rows = {hook: torch.full((stop - start, d_model), float("nan")) for hook in hooks}
+    rows: dict[str, Tensor] = {}
     lead = 0 if model.bos_token_id is None else 1
     for batch in batches_of(layout, start, stop, batch_tokens=batch_tokens, has_bos=bool(lead)):
         found = model.residuals(input_ids(layout, batch, model.bos_token_id), hooks)
+        for hook in hooks if not rows else ():
+            rows[hook] = torch.full((stop - start, d_model), torch.nan, dtype=found[hook].dtype)
         n_rows = 0
         for line, begin, end in _overlaps(layout, batch, start, stop):
             offset = lead - int(layout.context_offsets[batch.contexts[line]])

@@ -71,7 +71,7 @@ class _Look(NamedTuple):
 
 def _look(task: ChunkRows) -> _Look:
     rows, checksum = read_checked(task.store, task.made, task.hook, task.chunk)
-    return _Look(checksum, count_norms(task.of_train(rows)))
+    return _Look(checksum, count_norms(rows, task.is_train))
 
 
 def _looks(

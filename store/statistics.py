@@ -80,11 +80,6 @@ class ChunkRows:
     def __str__(self) -> str:
         return str(chunk_path(self.store, self.hook, self.chunk))
 
-    def of_train(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "train_row d_model"]:
-        """The train split's rows of the chunk, whose ``rows`` may have padding at their end."""
-        # a copy, since what Dask sends may not be written to, of which torch warns
-        return rows[: len(self.is_train)][torch.from_numpy(self.is_train.copy())]
-
 
 def statistics(blocks: Blocks, d_model: int) -> HookStatistics:
     """Statistics of the rows that ``blocks()`` yields, in any float dtype; it is called twice.
@@ -146,9 +141,11 @@ def chunk_rows(store: Path, made: Provenance, layout: Layout, hook: str) -> list
     ]
 
 
-def count_norms(block: Float[Tensor, "row d_model"]) -> NormCounts:
-    """The norms of a block's rows, by bins of the histogram."""
-    numbers = [_bins(_norms(piece)) for piece in _pieces(block)]
+def count_norms(
+    block: Float[Tensor, "row d_model"], counts: Bool[np.ndarray, " row_or_fewer"] | None = None
+) -> NormCounts:
+    """The norms of a block's rows, by bins of the histogram; with ``counts``, of those for which it is true."""
+    numbers = [_bins(_norms(piece)) for piece in _pieces(block, counts)]
     together = np.concatenate(numbers) if numbers else np.zeros(0, dtype=np.int64)
     return NormCounts(*np.unique(together, return_counts=True))
 
@@ -173,19 +170,24 @@ def _sum_chunk(task: _Bounded) -> Sums:
     of = task.chunk
     if not of.is_train.any():
         return Sums(0, 0, np.zeros(of.made.d_model), 0.0)
-    return _sum(of.of_train(read_chunk(of.store, of.made, of.hook, of.chunk)), task.outlier_norm)
+    return _sum(read_chunk(of.store, of.made, of.hook, of.chunk), task.outlier_norm, of.is_train)
 
 
-def _sum(block: Float[Tensor, "row d_model"], outlier_norm: float) -> Sums:
-    n_kept, total_square = 0, 0.0
+def _sum(
+    block: Float[Tensor, "row d_model"],
+    outlier_norm: float,
+    counts: Bool[np.ndarray, " row_or_fewer"] | None = None,
+) -> Sums:
+    n_rows, n_kept, total_square = 0, 0, 0.0
     total = np.zeros(block.shape[1])
-    for piece in _pieces(block):
+    for piece in _pieces(block, counts):
         norms = _norms(piece)
         kept = norms <= outlier_norm
+        n_rows += len(piece)
         n_kept += int(kept.sum())
         total += (piece if kept.all() else piece[kept]).sum(axis=0)
         total_square += float(np.square(norms[kept]).sum())
-    return Sums(len(block), n_kept, total, total_square)
+    return Sums(n_rows, n_kept, total, total_square)
 
 
 def _combined(quantiles: dict[str, float], parts: Iterable[Sums], d_model: int) -> HookStatistics:
@@ -212,9 +214,17 @@ def _outlier_norm(quantiles: dict[str, float]) -> float:
     return OUTLIER_FACTOR * quantiles["0.5"]
 
 
-def _pieces(block: Float[Tensor, "row d_model"]) -> Iterator[npt.NDArray[np.float64]]:
-    for start in range(0, len(block), PIECE_ROWS):
-        yield block[start : start + PIECE_ROWS].double().numpy()
+def _pieces(
+    block: Float[Tensor, "row d_model"], counts: Bool[np.ndarray, " row_or_fewer"] | None
+) -> Iterator[npt.NDArray[np.float64]]:
+    """Rows that count, `PIECE_ROWS` at a time, in float64 and all in one place: the next overwrite the last ones."""
+    rows = torch.from_numpy(np.arange(len(block)) if counts is None else np.flatnonzero(counts))
+    place = torch.empty(min(PIECE_ROWS, len(rows)), block.shape[1], dtype=torch.float64)
+    for start in range(0, len(rows), PIECE_ROWS):
+        which = rows[start : start + PIECE_ROWS]
+        first, stop = int(which[0]), int(which[-1]) + 1
+        piece = block[first:stop] if stop - first == len(which) else block.index_select(0, which)
+        yield place[: len(which)].copy_(piece).numpy()
 
 
 def _norms(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -213,7 +213,7 @@ def look(task: _ChunkTask) -> _Look:
     # decoded zeros are zeros again but where a mean is added to them
     if made.codec != "uniform" and rows[len(task.rows.is_train) :].any():
         problems.append(f"{path}: the padding after the last row is not zero")
-    return _Look(problems, None if problems else count_norms(task.rows.of_train(rows)))
+    return _Look(problems, None if problems else count_norms(rows, task.rows.is_train))
 
 
 def _link_problems(path: Path) -> Iterator[str]:

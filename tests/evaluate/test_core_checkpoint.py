@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tcsae.evaluate import EvaluateConfig, Evaluation, core_checkpoint, core_suite, evaluate_subjects
+from tcsae.evaluate import run as run_module
 from tcsae.evaluate.core_replay import Replay
 from tcsae.evaluate.heldout import Batch, HeldOut
 from tcsae.evaluate.subjects import subject
@@ -169,6 +170,23 @@ def test_what_is_written_is_not_measured_again_and_a_finished_replay_is_not_run_
     assert len(calls) == 3
     monkeypatch.undo()
     assert figures(resumed, "b-s0") == figures(measure("whole", "a", "b"), "b-s0")
+
+
+def test_a_call_stopped_after_its_last_result_leaves_a_state_that_the_next_call_removes(
+    measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_checkpoint, "SECONDS_BETWEEN", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "remove_states", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted):
+            measure("stopped", "a", "b")
+    state = tmp_path / "stopped" / "core" / CHECKPOINT
+    assert state.is_file()
+    monkeypatch.setattr(core_checkpoint, "SECONDS_BETWEEN", 1e9)
+    measure("stopped", "a")
+    assert state.is_file()  # b's result is not what this call asks for
+    measure("stopped", "a", "b")
+    assert not state.exists()
 
 
 def test_a_damaged_checkpoint_costs_the_time_and_nothing_else(
