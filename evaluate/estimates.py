@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from tcsae.evaluate.intervals import Bootstrap, Interval, interval
-from tcsae.store.atomic import partial_file, write_atomically
+from tcsae.evaluate.saved_tables import read_table, write_table
+from tcsae.store.atomic import write_atomically
 from tcsae.store.errors import RunError
 
 RESULT_VERSION = 1
@@ -130,8 +130,7 @@ def write_result(json_path: Path, draws_path: Path, envelope: Mapping[str, Any],
         }
     )
     table = table.replace_schema_metadata({"fingerprint": result.fingerprint})
-    with partial_file(draws_path) as beside:
-        pq.write_table(table, beside, compression="zstd")
+    write_table(table, draws_path)
     ours = {
         "fingerprint": result.fingerprint,
         "estimates": {name: asdict(estimate) for name, estimate in result.estimates.items()},
@@ -165,16 +164,16 @@ def read_any_result(json_path: Path, draws_path: Path) -> SuiteResult | None:
         return None
     try:
         ours = json.loads(json_path.read_bytes())["eval_result_unstructured"]["tcsae"]
-        table = pq.read_table(draws_path, memory_map=False)
+        table = read_table(draws_path)
         written = (table.schema.metadata or {}).get(b"fingerprint", b"").decode()
         if ours["fingerprint"] != written:
             return None
         estimates = {name: Estimate(**fields) for name, fields in ours.pop("estimates").items()}
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        columns = [table[name].to_pylist() for name in ("metric", "value", "draws", "leave_one_out")]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{json_path}: not a result that tcsae wrote ({error}); delete it to measure again"
         ) from error
-    columns = [table[name].to_pylist() for name in ("metric", "value", "draws", "leave_one_out")]
     draws = {
         metric: Draws(value, np.array(resamples), np.array(left_out))
         for metric, value, resamples, left_out in zip(*columns, strict=True)

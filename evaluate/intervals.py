@@ -109,7 +109,7 @@ def bca_ends(
     Efron (1987): with z0 the normal quantile of the share of draws below the value (ties count half) and
     ``a`` the skewness of the jackknife values over 6, the percentiles taken are
     Phi(z0 + (z0 + z) / (1 - a (z0 + z))) for z at (1 -+ level) / 2. It does not exist if every draw lies on
-    one side of the value or if leaving out any unit changes nothing.
+    one side of the value, if leaving out any unit changes nothing or if its ends are one and the same.
     """
     normal = NormalDist()
     below = float(np.mean(draws < value) + 0.5 * np.mean(draws == value))
@@ -126,7 +126,8 @@ def bca_ends(
             return None
         shares.append(normal.cdf(bias + (bias + z) / shrink))
     low, high = np.quantile(draws, shares)
-    return float(low), float(high)
+    # few units, most resamples on one side of the value: both ends may come from resamples that tie
+    return (float(low), float(high)) if low < high else None
 
 
 def interval(

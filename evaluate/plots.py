@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,13 @@ from tcsae.evaluate.summary import Row
 from tcsae.train.figure_style import SMALL, colour, explain, hatch, one_column, save_png, title_place
 
 ROOMY = 4
-"""Arms up to which there is room for each bar's figure above it."""
+"""Arms up to which there may be room for each bar's figure above it."""
+
+FORMS = (".3g", ".2g")
+"""Of the figures above the bars: the first that there is room for, else none."""
 
 MOST_LABEL = 20
-"""Characters of all arms' names together that fit below the bars; longer ones stand in a legend, by number."""
+"""Characters of all arms' names together that may fit below the bars; others stand in a legend, by number."""
 
 
 class Panel(NamedTuple):
@@ -94,22 +98,60 @@ def final_metrics(rows: Sequence[Row], path: Path, caption: str) -> None:
 
 def draw_final(bars: Mapping[str, Sequence[Bar]], arms: Sequence[str], path: Path, caption: str) -> None:
     """Draw the three subplots from finished bars, those of each panel's metric, in the order of ``arms``."""
+    if sum(map(len, arms)) > MOST_LABEL or not _draw_final(bars, arms, path, caption, numbered=False):
+        _draw_final(bars, arms, path, caption, numbered=True)
+
+
+def _draw_final(
+    bars: Mapping[str, Sequence[Bar]], arms: Sequence[str], path: Path, caption: str, *, numbered: bool
+) -> bool:
+    """As `draw_final`; False, and nothing written, if the arms' names do not fit below their bars."""
     from matplotlib.patches import Patch
 
-    numbered = sum(map(len, arms)) > MOST_LABEL
     with one_column(46.0) as figure:
-        for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        panels = figure.subplots(1, len(PANELS))
+        figures = [
             _draw(axes, panel, bars[panel.metric], arms, numbered=numbered)
+            for axes, panel in zip(panels, PANELS, strict=True)
+        ]
         labels = [f"{at + 1}  {arm}" for at, arm in enumerate(arms)] if numbered else []
         handles = [
             Patch(facecolor=colour(at), hatch=hatch(at), edgecolor="black", linewidth=0.4)
             for at in range(len(labels))
         ]
         explain(figure, handles, labels, caption)
+        figure.draw_without_rendering()
+        if not numbered and any(_meet(axes.get_xticklabels()) for axes in panels):
+            return False
+        for axes, texts in zip(panels, figures, strict=True):
+            _make_fit(figure, axes, texts)
         save_png(figure, path)
+        return True
 
 
-def _draw(axes: Any, panel: Panel, bars: Sequence[Bar], arms: Sequence[str], *, numbered: bool) -> None:
+def _meet(texts: Sequence[Any]) -> bool:
+    """Whether any of ``texts``, from left to right, reaches into the next one."""
+    boxes = [text.get_window_extent() for text in texts]
+    return any(a.padded(1).overlaps(b) for a, b in itertools.pairwise(boxes))
+
+
+def _make_fit(figure: Any, axes: Any, texts: Mapping[Any, float]) -> None:
+    """Write the figures above the bars in the first form that there is room for, or take them away."""
+    for form in FORMS:
+        for text, value in texts.items():
+            text.set_text(format(value, form))
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in texts]
+        if not _meet(list(texts)) and all(axes.bbox.x0 <= box.x0 <= box.x1 <= axes.bbox.x1 for box in boxes):
+            return
+    for text in texts:
+        text.remove()
+
+
+def _draw(
+    axes: Any, panel: Panel, bars: Sequence[Bar], arms: Sequence[str], *, numbered: bool
+) -> dict[Any, float]:
+    """Draw a panel; gives the texts above the bars, from left to right, with what they say."""
     axes.set_title(panel.title, loc=title_place(panel.title))
     axes.set_ylabel(f"{panel.axis}\n({panel.better})")
     axes.spines[["top", "right"]].set_visible(False)
@@ -141,11 +183,12 @@ def _draw(axes: Any, panel: Panel, bars: Sequence[Bar], arms: Sequence[str], *, 
                 markeredgewidth=0.3,
             )
     _limits(axes, panel, bars)
+    figures = {}
     for bar in bars if len(arms) <= ROOMY else ():
         upward = bar.value >= 0
         top = max((bar.high, *bar.seeds)) if upward else min((bar.low, *bar.seeds))
-        axes.annotate(
-            f"{bar.value:.3g}",
+        text = axes.annotate(
+            format(bar.value, FORMS[0]),
             (arms.index(bar.arm), top),
             xytext=(0, 1.5 if upward else -1.5),
             textcoords="offset points",
@@ -153,11 +196,13 @@ def _draw(axes: Any, panel: Panel, bars: Sequence[Bar], arms: Sequence[str], *, 
             va="bottom" if upward else "top",
             fontsize=SMALL,
         )
+        figures[text] = bar.value
     every = 1 if len(arms) <= 2 * ROOMY else -(-len(arms) // (2 * ROOMY))
     shown = range(0, len(arms), every)
     axes.set_xticks(shown, [str(at + 1) if numbered else arms[at] for at in shown])
     axes.set_xlabel("model variant")
     axes.set_xlim(-0.6, len(arms) - 0.4)
+    return figures
 
 
 def _limits(axes: Any, panel: Panel, bars: Sequence[Bar]) -> None:

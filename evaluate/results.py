@@ -8,18 +8,42 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from tcsae.evaluate.bench import About, Measured
 from tcsae.evaluate.config import Suite
-from tcsae.evaluate.estimates import write_result
+from tcsae.evaluate.estimates import SuiteResult, read_result, write_result
+from tcsae.evaluate.saved_tables import read_table, write_table
 from tcsae.evaluate.subjects import Subject
-from tcsae.store.atomic import partial_file
+
+TABLED: Suite = "temporal"
+"""The suite that has a table of features beside its figures"""
 
 
 def paths_of(out: Path, suite: Suite, name: str) -> tuple[Path, Path]:
     """The JSON file and the draws of one result in the evaluation folder ``out``."""
     return out / suite / f"{name}.json", out / "draws" / suite / f"{name}.parquet"
+
+
+def features_path(out: Path, name: str) -> Path:
+    """The table of features of what is called ``name`` in the evaluation folder ``out``."""
+    return out / "features" / f"{name}.parquet"
+
+
+def kept_result(out: Path, suite: Suite, name: str, wanted: str) -> SuiteResult | None:
+    """The finished result with fingerprint ``wanted``, None if any of its files is not there or of other settings.
+
+    Raises
+    ------
+    RunError
+        a file is there, but it cannot be read
+    """
+    found = read_result(*paths_of(out, suite, name), wanted)
+    if found is None or suite != TABLED:
+        return found
+    table = features_path(out, name)
+    if not table.is_file():
+        return None
+    read_table(table)
+    return found
 
 
 def write_measured(out: Path, suite: Suite, name: str, measured: Measured, of: dict[str, Any]) -> None:
@@ -37,8 +61,7 @@ def write_measured(out: Path, suite: Suite, name: str, measured: Measured, of: d
         the envelope's fields about what was measured: `fields_of_sae` or `fields_of_reference`
     """
     if measured.features is not None:
-        with partial_file(out / "features" / f"{name}.parquet") as beside:
-            pq.write_table(measured.features, beside, compression="zstd")
+        write_table(measured.features, features_path(out, name))
     envelope = {
         "eval_type_id": measured.kind,
         "eval_config": measured.settings,

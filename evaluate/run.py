@@ -15,11 +15,11 @@ from torch import Tensor
 from tcsae.evaluate.bench import Bench
 from tcsae.evaluate.config import DEFAULT_SUITES, EvaluateConfig, Suite
 from tcsae.evaluate.core_checkpoint import remove_states
-from tcsae.evaluate.estimates import SuiteResult, read_result
+from tcsae.evaluate.estimates import SuiteResult
 from tcsae.evaluate.finish import finish
 from tcsae.evaluate.heldout import HeldOut
 from tcsae.evaluate.references import Material, reference_sample, references
-from tcsae.evaluate.results import fields_of_sae, paths_of, write_measured
+from tcsae.evaluate.results import fields_of_sae, kept_result, write_measured
 from tcsae.evaluate.splice import ReplayModel
 from tcsae.evaluate.subjects import Origin, Subject, find_saes, load_subject, with_unique_names
 from tcsae.evaluate.suites import SUITES_IN_ORDER
@@ -155,7 +155,7 @@ def _results(subjects: Sequence[Subject], bench: Bench) -> dict[tuple[Suite, str
         for one in subjects:
             print_ = bench.fingerprint(suite.name, one, suite.decides(bench.config))
             prints[suite.name, one.name] = print_
-            kept = read_result(*paths_of(bench.config.out, suite.name, one.name), print_)
+            kept = kept_result(bench.config.out, suite.name, one.name, print_)
             if kept is None:
                 missing[suite.name].append(one)
             else:

@@ -17,6 +17,9 @@ from tcsae.store.reader import ActivationStore
 from tcsae.train.sae.inference import SAE
 from tcsae.train.saelens import CONFIG_FILE, load_sae
 
+TAKEN = (".", "_reference-", "_truth")
+"""Beginnings of the names of what an evaluation folder holds beside the files of SAEs."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
@@ -275,7 +278,7 @@ def with_unique_names(subjects: Sequence[Subject]) -> list[Subject]:
                 f"{other.where} and {one.where} are both of arm {one.arm!r}, but were not trained alike; "
                 "evaluate them into two folders"
             )
-        if "/" in one.name or one.name.startswith("."):
+        if "/" in one.name or one.name.startswith(TAKEN):
             raise ConfigError(f"{one.where}: {one.name!r} cannot name a file; rename the SAE in its cfg.json")
     return named
 

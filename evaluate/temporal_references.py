@@ -22,9 +22,9 @@ import torch
 
 from tcsae.evaluate.bench import Bench, Measured
 from tcsae.evaluate.config import TemporalReference
-from tcsae.evaluate.estimates import Estimate, SuiteResult, fingerprint, read_result
+from tcsae.evaluate.estimates import Estimate, SuiteResult, fingerprint
 from tcsae.evaluate.heldout import HeldOut
-from tcsae.evaluate.results import fields_of_reference, paths_of, write_measured
+from tcsae.evaluate.results import fields_of_reference, kept_result, write_measured
 from tcsae.evaluate.subjects import Subject
 from tcsae.evaluate.summary import Row
 from tcsae.evaluate.temporal import metric_name, temporal_figures
@@ -94,7 +94,7 @@ def _result(
         hook=held_out.hook,
         **bench.conditions,
     )
-    kept = read_result(*paths_of(config.out, "temporal", name), print_)
+    kept = kept_result(config.out, "temporal", name, print_)
     if kept is not None:
         return kept
     with progress(n_tokens_read(held_out), "token", f"temporal, {reference}") as bar:

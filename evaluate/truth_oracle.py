@@ -7,18 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tcsae.evaluate.estimates import fingerprint
 from tcsae.evaluate.heldout import Block, HeldOut
+from tcsae.evaluate.saved_tables import read_table, write_table
 from tcsae.evaluate.temporal_features import feature_table, figures
 from tcsae.evaluate.temporal_pass import n_tokens_read, temporal_sums
 from tcsae.evaluate.truth import TrueCodes
 from tcsae.harvest.synthetic import SyntheticSource
-from tcsae.store.atomic import partial_file
 from tcsae.store.progress import progress
 
 FILE = Path("features") / "_truth.parquet"
@@ -56,7 +55,7 @@ def oracle_table(held_out: HeldOut, source: SyntheticSource, out: Path, *, seed:
     wanted = fingerprint(store=held_out.store.id, split=held_out.split, seed=seed, oracle=1).encode()
     path = out / FILE
     if path.is_file():
-        found = pq.read_table(path, memory_map=False)
+        found = read_table(path)
         if (found.schema.metadata or {}).get(b"fingerprint") == wanted:
             return found
     with progress(n_tokens_read(held_out), "token", "temporal: true codes") as bar:
@@ -64,8 +63,7 @@ def oracle_table(held_out: HeldOut, source: SyntheticSource, out: Path, *, seed:
         sums = temporal_sums(encoder, held_out, seed=seed, advance=bar.update).without_empty_units()
     columns = {figure.column: figure.values[0] for figure in figures(sums)}
     table = feature_table(sums, 0, columns).replace_schema_metadata({b"fingerprint": wanted})
-    with partial_file(path) as beside:
-        pq.write_table(table, beside, compression="zstd")
+    write_table(table, path)
     return table
 
 

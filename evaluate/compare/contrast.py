@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from tcsae.evaluate.compare.bootstrap import ENOUGH_SEEDS, Ends, PerSeed, Resampled, ends, over_seeds
 from tcsae.evaluate.intervals import LEVEL
 
@@ -98,10 +100,21 @@ def described(found: Resampled, interval: Ends | None) -> Figure:
     """A figure with what must be said beside it."""
     note = few_seeds(found.n_seeds)
     if interval is None:
-        return Figure(
-            found.value, None, None, None, found.n_seeds, note, "no interval, because nothing varies"
-        )
+        reason = f"no interval, because {_obstacle(found)}"
+        return Figure(found.value, None, None, None, found.n_seeds, note, reason)
     return Figure(found.value, interval.low, interval.high, interval.method, found.n_seeds, note, None)
+
+
+def _obstacle(found: Resampled) -> str:
+    """Why the bootstrap gives no interval."""
+    n_bad = int(np.count_nonzero(~np.isfinite(found.draws)))
+    if n_bad:
+        return f"{n_bad} of {len(found.draws)} resamples are undefined"
+    if not np.isfinite(found.variance):
+        return "it is undefined without one of the documents"
+    if found.variance == 0 or found.draws.std() == 0:
+        return "nothing varies"
+    return "all resamples lie on one side of it"
 
 
 def few_seeds(n_seeds: int) -> str | None:

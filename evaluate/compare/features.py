@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int64
 from scipy.optimize import linear_sum_assignment
@@ -23,6 +22,7 @@ from tcsae.evaluate.compare.arms import Arm, Pair
 from tcsae.evaluate.compare.bootstrap import Resampled, ends, seed_counts
 from tcsae.evaluate.compare.contrast import Figure, described
 from tcsae.evaluate.compare.folders import Evaluated
+from tcsae.evaluate.saved_tables import read_table
 from tcsae.evaluate.subjects import digest_of
 from tcsae.store.errors import TcsaeError
 from tcsae.train.saelens import load_sae
@@ -184,9 +184,10 @@ def _matched(treated: Evaluated, control: Evaluated) -> tuple[MatchedRows, int]:
 
 def _column(one: Evaluated, name: str) -> np.ndarray | None:
     """A column of the SAE's table of features, NaN where undefined; None where there is none."""
-    if one.features is None or name not in pq.read_schema(one.features).names:
+    table = None if one.features is None else read_table(one.features, [name])
+    if table is None or name not in table.column_names:
         return None
-    return np.asarray(pq.read_table(one.features, columns=[name])[name].to_numpy(), dtype=np.float64)
+    return np.asarray(table[name].to_numpy(), dtype=np.float64)
 
 
 def _changes(

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -19,6 +18,8 @@ from tcsae.evaluate.compare.contrast import Figure, few_seeds
 from tcsae.evaluate.compare.folders import Evaluated
 from tcsae.evaluate.compare.front import COSTS, Point
 from tcsae.evaluate.plots import PANELS, Bar, draw_final
+from tcsae.evaluate.saved_tables import read_table
+from tcsae.evaluate.subjects import digest_of
 from tcsae.evaluate.temporal_codes import LAGS
 from tcsae.evaluate.unlearning_plot import read_unlearning_rows, unlearning_figure
 from tcsae.store.errors import TcsaeError
@@ -26,6 +27,7 @@ from tcsae.train.config import ArmConfig
 from tcsae.train.figure_style import colour, dash, explain, marker, one_column, save_png
 from tcsae.train.plots import draw_training
 from tcsae.train.run import Run, own_config
+from tcsae.train.saelens import load_sae
 
 PARTS = ("whole", "H", "L")
 
@@ -85,7 +87,7 @@ def draw_training_of(arms: Sequence[Arm], path: Path) -> str | None:
         else:
             tables += found
     if not tables:
-        return "the run folders are not where they were when the SAEs were evaluated"
+        return "the run folders are not where, or not what, they were when the SAEs were evaluated"
     draw_training(pa.concat_tables(tables), configs, path, order=[arm.name for arm in arms])
     return f"without {', '.join(left_out)}: no run found, or not comparable" if left_out else None
 
@@ -97,12 +99,14 @@ def _logged(one: Evaluated) -> tuple[pa.Table, ArmConfig] | None:
     try:
         run = Run.open(one.folder.parent.parent)
         arms = {arm.name: arm for arm in own_config(run.path).arms}
+        name = one.settings.get("name")
+        if name not in arms or not run.metrics.is_file():
+            return None
+        if digest_of(load_sae(one.folder)) != one.origin["digest"]:
+            return None  # trained anew since: these lines are of another SAE
+        table = read_table(run.metrics)
     except TcsaeError:
         return None
-    name = one.settings.get("name")
-    if name not in arms or not run.metrics.is_file():
-        return None
-    table = pq.read_table(run.metrics)
     lines = table.filter(pc.and_(pc.equal(table["arm"], name), pc.equal(table["seed"], one.seed)))
     return (lines, arms[name]) if len(lines) else None
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tcsae.evaluate.core import REPLAYED, STORED
 from tcsae.evaluate.estimates import RESULT_VERSION, Draws, Estimate, SuiteResult, read_any_result
+from tcsae.evaluate.results import TABLED, features_path
 from tcsae.store.errors import ConfigError, RunError, RunMismatch, RunNotFound
 
 SUMMARY_FILE = "summary.json"
@@ -44,6 +46,8 @@ class Evaluated:
     """of the metrics that have an interval"""
     tokens: Mapping[str, int | None]
     """tokens that each metric rests on"""
+    features: Path | None
+    """its table of features, None where no suite of this evaluation has written one"""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -56,12 +60,6 @@ class Evaluated:
         """The SAE's own folder, None where it is no longer there."""
         where = self.origin["folder"]
         return Path(where) if where is not None and Path(where).is_dir() else None
-
-    @property
-    def features(self) -> Path | None:
-        """Its table of features, None where no suite has written one."""
-        path = self.out / "features" / f"{self.sae}.parquet"
-        return path if path.is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +205,26 @@ def _read_sae(out: Path, entry: Mapping[str, Any], suites: Sequence[str]) -> Eva
         tokens["fvu"] = tokens["explained_variance"]
         if fvu is not None:
             draws["fvu"] = fvu
+    table = features_path(out, name)
     return Evaluated(
-        out, name, entry["arm"], entry["seed"], entry["block_size"], entry["origin"], estimates, draws, tokens
+        out=out,
+        sae=name,
+        arm=entry["arm"],
+        seed=entry["seed"],
+        block_size=entry["block_size"],
+        origin=entry["origin"],
+        estimates=estimates,
+        draws=draws,
+        tokens=tokens,
+        # a folder may hold the table of an earlier evaluation, even of another SAE of that name
+        features=table if TABLED in suites and table.is_file() else None,
     )
 
 
 def _tokens(result: SuiteResult, metric: str) -> int | None:
     """Tokens behind one metric, as its suite counts them; None where it does not say."""
     facts = result.facts
-    for part in ("replay", "store"):
+    for part in ("replay", STORED, REPLAYED):
         if metric in facts.get(part, {}).get("metrics", ()):
             return int(facts[part]["n_kept"])
     return facts.get("n_tokens")

@@ -10,7 +10,6 @@ import base64
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 
@@ -21,11 +20,9 @@ from tcsae.evaluate.compare.features import CAUTION, LEAST_COSINE
 from tcsae.evaluate.compare.lines import arm_lines
 from tcsae.evaluate.compare.matching import REGISTERED_L0, TOLERANCE
 from tcsae.evaluate.compare.registered import MARGINS, REGISTERED
+from tcsae.evaluate.compare.run import Compared, replayed_text, sample_text
 from tcsae.evaluate.compare.tables import Table
 from tcsae.evaluate.estimates import Estimate
-
-if TYPE_CHECKING:
-    from tcsae.evaluate.compare.run import Compared
 
 TEMPLATE = "report.html"
 
@@ -178,10 +175,11 @@ def _primary_table(found: Compared) -> Table | None:
 
 
 def _arms_text(found: Compared) -> list[str]:
+    conditions = found.conditions
     lines = [
         "Means over seeds with 95 % intervals over seeds and documents; "
-        f"{found.conditions['n_documents']} documents, {found.conditions['n_tokens']:,} tokens. Realised L0 differs "
-        "between arms: this table compares nothing."
+        f"{sample_text(conditions)}{replayed_text(conditions, 'loss recovered and KL')}; "
+        f"{conditions['n_tokens']:,} tokens. Realised L0 differs between arms: this table compares nothing."
     ]
     curves = [family for family in found.families if len(family.arms) > 1]
     if curves:
@@ -225,6 +223,8 @@ def _references(found: Compared) -> list[Section]:
 def _with_interval(one: Estimate | None) -> str:
     if one is None or one.value is None:
         return tables.ABSENT
+    if one.low is None:
+        return f"{tables.number(one.value)} (no interval)"
     return f"{tables.number(one.value)} [{tables.number(one.low)}, {tables.number(one.high)}]"
 
 

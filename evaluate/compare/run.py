@@ -243,7 +243,7 @@ def _draw(
         missing.append(f"training_metrics.png: {gap}")
     if any(panel.metric in figures[arm.name] for panel in PANELS for arm in arms):
         images["final_metrics"] = report / "final_metrics.png"
-        drawing.draw_bars(arms, figures, images["final_metrics"], on)
+        drawing.draw_bars(arms, figures, images["final_metrics"], on + replayed_text(conditions, "KL"))
     else:
         missing.append("final_metrics.png: the folders have no core suite")
     caption = f"{on}; {drawing.errors_of(arms)}; differences are paired, their intervals narrower"
@@ -277,6 +277,16 @@ def sample_text(conditions: Mapping[str, Any]) -> str:
     """
     n, split = conditions["n_documents"], conditions["split"]
     return f"{n} rows of given tokens" if split is None else documents_text(n, split)
+
+
+def replayed_text(conditions: Mapping[str, Any], what: str) -> str:
+    """On how many of the documents ``what`` was replayed; empty where on all or on none.
+
+    >>> replayed_text({"n_documents": 85, "n_replayed_documents": 40}, "KL"), replayed_text({"n_documents": 85}, "KL")
+    (', KL on 40 of them', '')
+    """
+    n = conditions.get("n_replayed_documents")
+    return "" if n is None or n == conditions["n_documents"] else f", {what} on {n} of them"
 
 
 def _not_computed(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,9 @@ from tcsae.store.reader import ActivationStore
 
 MIN_DOCUMENTS = 8
 """Documents that a domain, and what is outside it, must have on either side: an honest score halves them."""
+
+ENDS_OF_FIGURES = ("control", "gain", "retain")
+"""Ends of `tcsae.evaluate.unlearning.score.FIGURES`: ``honest`` of a topic "gain" is no mean ``honest_gain``."""
 
 DEFAULT_DOMAINS = 3
 """Topics that are forgotten, one after the other, if none is named."""
@@ -35,7 +38,7 @@ class Domain:
     """The documents of one topic or source; everything else is its retain domain."""
 
     name: str
-    """the topic or source"""
+    """the topic or source, after its column where it could be taken for something else"""
     column: Column
     """which of the two"""
     members: Bool[np.ndarray, " document"]
@@ -87,15 +90,31 @@ def find_domains(store: ActivationStore, sides: Sides, asked: Sequence[str]) -> 
         for column in COLUMNS:
             large = _large_enough(store, sides, column)
             if large:
-                return [_domain(store, column, name) for name in large[:DEFAULT_DOMAINS]]
+                return told_apart([_domain(store, column, name) for name in large[:DEFAULT_DOMAINS]])
         raise StoreMismatch(
             f"{store.url}: unlearning: no topic or source has {MIN_DOCUMENTS} documents to select on and "
             f"{MIN_DOCUMENTS} to score on, inside and outside of it; harvest more documents"
         )
-    domains = [_named(store, name) for name in dict.fromkeys(asked)]
-    for domain in domains:
+    named = {(one.column, one.name): one for one in (_named(store, name) for name in asked)}
+    for domain in named.values():
         _check_size(store, sides, domain)
-    return domains
+    return told_apart(list(named.values()))
+
+
+def told_apart(domains: Sequence[Domain]) -> list[Domain]:
+    """The domains with their column before names that two of them have, or that a figure's name could end in.
+
+    >>> nobody = np.zeros(0, dtype=bool)
+    >>> [one.name for one in told_apart([Domain("law", "topic", nobody), Domain("law", "source", nobody)])]
+    ['topic:law', 'source:law']
+    """
+    often = Counter(one.name for one in domains)
+    return [
+        replace(one, name=f"{one.column}:{one.name}")
+        if often[one.name] > 1 or one.name in ENDS_OF_FIGURES
+        else one
+        for one in domains
+    ]
 
 
 def _named(store: ActivationStore, asked: str) -> Domain:

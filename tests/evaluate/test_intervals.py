@@ -96,6 +96,15 @@ def test_intervals_contain_the_mean_of_a_skewed_population_about_as_often_as_the
     assert 0.88 < covered["percentile"] / 400 < 0.98
 
 
+def test_an_interval_is_never_a_point_where_the_resamples_vary() -> None:
+    # the value is what most resamples are below, as with few documents, and 5 of 100 are those documents themselves
+    draws, left_out = np.r_[np.linspace(0, 0.9, 95), np.ones(5)], np.array([0.9, 0.8, 0.95, 0.85, 0.9])
+    assert bca_ends(1.0, draws, left_out) is None
+    found = interval(1.0, draws, left_out)
+    assert (found.method, found.high) == ("percentile", 1.0)
+    assert found.low == pytest.approx(0.9 / 94 * 99 * 0.025)
+
+
 def test_one_document_gives_a_value_and_says_why_it_has_no_interval() -> None:
     found = interval(0.5, np.full(100, 0.5), np.array([np.nan]))
     assert (found.value, found.low, found.high) == (0.5, None, None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +365,17 @@ def test_two_saes_of_one_name_are_told_apart_by_their_runs_or_refused(
     assert [row.sae for row in found.rows] == ["batchtopk-s0", "run-tc16-s0", "second-tc16-s0"]
     with pytest.raises(ConfigError, match="both called"):
         evaluate(config_of(run, neox_store, saes=(run, run), suites=("temporal",)))
+
+
+@pytest.mark.parametrize("name", ["_reference-raw", "_truth", ".lock", "a/../b"])
+def test_a_name_that_an_evaluation_folder_needs_for_itself_is_refused(
+    neox: LanguageModel, neox_store: ActivationStore, tmp_path: Path, name: str
+) -> None:
+    sae = an_sae("tc16", 1.0, neox)
+    save_sae(sae, tmp_path / "sae")
+    one = replace(load_subject(tmp_path / "sae", neox_store), name=name)
+    with pytest.raises(ConfigError, match=f"'{re.escape(name)}' cannot name a file"):
+        with_unique_names([one])
 
 
 def test_an_arm_whose_name_occurs_in_two_runs_keeps_its_seeds_together(

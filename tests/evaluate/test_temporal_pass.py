@@ -24,7 +24,7 @@ from tcsae.evaluate.temporal_pass import (
 from tcsae.evaluate.temporal_references import threshold_for
 from tcsae.evaluate.temporal_sums import ONCE, TemporalSums
 from tcsae.store import ActivationStore
-from tcsae.store.errors import ConfigError, TrainingCollapsed
+from tcsae.store.errors import ConfigError, RunError, TrainingCollapsed
 
 from .sequences import by_name
 from .slow_figures import Slow
@@ -197,6 +197,19 @@ def test_the_features_are_written_and_the_primary_endpoint_is_compared_in_pairs(
     lines = table(found).splitlines()
     assert max(map(len, lines)) <= 120
     assert "xi8 H" in lines[0]
+
+
+def test_a_table_of_features_that_is_gone_is_made_again_and_a_damaged_one_is_named(
+    tmp_path: Path, store: ActivationStore
+) -> None:
+    path = run_of(tmp_path, store).out / "features" / "tc16-s0.parquet"
+    before = pq.read_table(path)
+    path.unlink()
+    run_of(tmp_path, store)
+    assert pq.read_table(path).equals(before)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"features/tc16-s0\.parquet: not a table that tcsae wrote"):
+        run_of(tmp_path, store)
 
 
 def test_reference_rows_stand_beside_the_saes_and_are_kept(tmp_path: Path, store: ActivationStore) -> None:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tcsae.evaluate.unlearning.domains import MIN_DOCUMENTS, draw_contexts, find_domains, sides_of
+from tcsae.evaluate.unlearning.domains import (
+    MIN_DOCUMENTS,
+    Domain,
+    draw_contexts,
+    find_domains,
+    sides_of,
+    told_apart,
+)
+from tcsae.evaluate.unlearning.score import FIGURES
 from tcsae.store import ActivationStore
 from tcsae.store.errors import StoreMismatch, UnknownName
 
@@ -51,6 +59,26 @@ def test_the_largest_topics_come_if_none_is_named_and_a_source_is_found_too(stor
     (odd,) = find_domains(store, sides, ["topic:odd"])
     assert odd.column == "topic"
     assert np.array_equal(odd.members, np.arange(400) % 2 == 1)
+
+
+def test_a_topic_that_is_asked_for_by_two_names_is_one_domain(store: ActivationStore) -> None:
+    found = find_domains(store, sides_of(store, "test"), ["odd", "topic:odd", "even"])
+    assert [(one.column, one.name) for one in found] == [("topic", "odd"), ("topic", "even")]
+
+
+def test_names_that_could_be_taken_for_something_else_have_their_column_before_them() -> None:
+    nobody = np.zeros(0, dtype=bool)
+    domains = [
+        Domain("law", "topic", nobody),
+        Domain("law", "source", nobody),
+        Domain("art", "topic", nobody),
+        Domain("gain", "topic", nobody),
+    ]
+    names = [one.name for one in told_apart(domains)]
+    assert names == ["topic:law", "source:law", "art", "topic:gain"]
+    of_topics = {f"{figure}_{name}" for figure in FIGURES for name in names}
+    assert not of_topics & set(FIGURES)
+    assert len(of_topics) == len(FIGURES) * len(names)
 
 
 def test_an_unknown_topic_names_the_nearest(store: ActivationStore) -> None:

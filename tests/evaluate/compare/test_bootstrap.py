@@ -13,6 +13,7 @@ from tcsae.evaluate.compare.bootstrap import (
     p_value,
     seed_counts,
 )
+from tcsae.evaluate.compare.contrast import described
 from tcsae.evaluate.intervals import bca_ends, resample_counts
 
 
@@ -32,6 +33,22 @@ def test_a_resample_is_the_mean_over_the_seeds_drawn_on_one_resample_of_document
         drawn = [s for s in range(3) for _ in range(int(counts[r, s]))]
         assert len(drawn) == 3
         assert found.draws[r] == pytest.approx(sum(figure.draws[s, r % 4] for s in drawn) / 3)
+
+
+@pytest.mark.parametrize(
+    ("draws", "variance", "reason"),
+    [
+        ([1.0, np.nan, 2.0], 0.1, "no interval, because 1 of 3 resamples are undefined"),
+        ([1.0, 1.5, 2.0], np.nan, "no interval, because it is undefined without one of the documents"),
+        ([1.0, 1.0, 1.0], 0.0, "no interval, because nothing varies"),
+        ([1.1, 1.5, 2.0], 0.1, "no interval, because all resamples lie on one side of it"),
+    ],
+)
+def test_a_figure_without_interval_says_why(draws: list[float], variance: float, reason: str) -> None:
+    found = Resampled(1.0, np.array(draws), 0.0, variance, 4.0, 5)
+    assert ends(found) is None
+    figure = described(found, None)
+    assert (figure.value, figure.low, figure.reason) == (1.0, None, reason)
 
 
 def test_one_seed_is_the_saved_draws_over_documents() -> None:

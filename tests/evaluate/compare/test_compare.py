@@ -262,6 +262,24 @@ def test_the_report_is_one_file_that_asks_for_nothing_and_holds_every_interval(s
         assert said in text
 
 
+def test_report_and_figure_say_on_how_many_documents_the_model_was_replayed(
+    folder: WriteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing = import_module("tcsae.evaluate.compare.figures")
+    captions: list[str] = []
+    monkeypatch.setattr(drawing, "draw_bars", lambda arms, figures, path, caption: captions.append(caption))
+    for name in ("draw_tradeoff", "draw_lags"):
+        monkeypatch.setattr(drawing, name, lambda *_: None)
+    html = import_module("tcsae.evaluate.compare.report")
+    monkeypatch.setattr(html, "html_of", lambda *_: "")
+    out = folder(experiment(0.0, seeds=1), conditions={"n_replayed_documents": 12})
+    report = tmp_path / "report"
+    compare([out], report, n_resamples=1000)
+    assert captions == ["tiny, blocks.1.hook_resid_post; 40 test documents, KL on 12 of them"]
+    said = "40 test documents, loss recovered and KL on 12 of them; 1,000 tokens."
+    assert said in (report / "report.md").read_text()
+
+
 def test_names_cannot_break_out_of_the_page_or_a_table(compared: Callable[..., Compared]) -> None:
     evil = "<img src=x onerror=alert(1)>|$x"
     saes = [one._replace(arm=f"{one.arm}{evil}".replace("/", "")) for one in experiment(0.0, seeds=1)]

@@ -84,6 +84,15 @@ def test_a_real_evaluation_holds_what_a_comparison_needs_and_the_command_writes_
 
 
 @pytest.mark.slow
+def test_a_run_that_was_trained_anew_since_lends_no_curves(out: Path) -> None:
+    saes = out.parent / "run" / "sae"
+    for name in ("sae_weights.safetensors", "cfg.json"):
+        shutil.copy(saes / "tc16-s1" / name, saes / "tc16-s0" / name)
+    found = compare([out], out.parent / "report", n_resamples=1000)
+    assert any("without tc16-s0: no run found, or not comparable" in line for line in found.not_computed)
+
+
+@pytest.mark.slow
 def test_without_its_run_an_evaluation_is_still_compared(out: Path) -> None:
     shutil.rmtree(out.parent / "run")
     found = compare([out], out.parent / "report", n_resamples=1000)

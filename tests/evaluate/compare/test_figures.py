@@ -45,15 +45,19 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-@pytest.fixture(params=["2 arms of short names", "12 arms of long names"])
+NAMES = {
+    "2 arms of short names": ["block", "tc16"],
+    "4 arms of short names": ["block", "tc16", "t-sae", "a0"],
+    "12 arms of long names": [
+        *(f"an-arm-with-a-rather-long-name-number-{i}" for i in range(11)),
+        "an-arm-whose-name-is-so-long-that-no-column-of-any-paper-could-ever-hold-it-in-one-line",
+    ],
+}
+
+
+@pytest.fixture(params=NAMES)
 def arms(request: pytest.FixtureRequest, folder: WriteFolder) -> list[Arm]:
-    short = request.param.startswith("2 ")
-    names = ["block", "tc16"] if short else [f"an-arm-with-a-rather-long-name-number-{i}" for i in range(11)]
-    names += (
-        []
-        if short
-        else ["an-arm-whose-name-is-so-long-that-no-column-of-any-paper-could-ever-hold-it-in-one-line"]
-    )
+    names = NAMES[request.param]
     saes = []
     for i, name in enumerate(names):
         for seed in (0, 1):
@@ -62,7 +66,7 @@ def arms(request: pytest.FixtureRequest, folder: WriteFolder) -> list[Arm]:
             values |= {
                 "l0": 20.0 + 3 * i + seed,
                 "explained_variance": 0.8 - i / 90,
-                "kl_sae": 0.1 + i / 30 + seed / 50,
+                "kl_sae": 0.0615 + i / 300 + seed / 50,
             }
             values |= {"mse_per_dimension": 3.0 + i}
             saes.append(planted(name, seed, values, alpha=i / 100))
@@ -86,7 +90,7 @@ def test_a_figure_is_legible_at_one_column_and_nothing_overlaps(
     else:
         DRAWING.draw_lags(arms, figures_of(arms), path, caption)
     assert path.read_bytes().startswith(b"\x89PNG")
-    (figure,) = drawn
+    figure = drawn[-1]  # arms' names that do not fit below their bars are drawn once more as numbers
     assert figure.get_figwidth() * 25.4 == pytest.approx(WIDTH_MM)
     texts = list(shown_texts(figure))
     assert min(text.get_fontsize() for text, _ in texts) >= SMALL
@@ -98,6 +102,33 @@ def test_a_figure_is_legible_at_one_column_and_nothing_overlaps(
         assert box.y1 <= page.y1 + 1, text.get_text()
     for (a, of_a), (b, of_b) in itertools.combinations(texts, 2):
         assert not overlap(of_a, of_b), (a.get_text(), b.get_text())
+
+
+def test_a_bar_has_its_arms_name_and_figure_where_there_is_room_for_them(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    names = NAMES["4 arms of short names"]
+    for n in (2, 4):
+        bars = {
+            panel.metric: [PLOTS.Bar(arm, value, value, value, (value,)) for arm in names[:n]]
+            for panel, value in zip(PLOTS.PANELS, (0.728, 1234.5, 0.0615), strict=True)
+        }
+        PLOTS.draw_final(bars, names[:n], tmp_path / "figure.png", "tiny")
+    two, four = drawn[0], drawn[-1]
+    assert [[text.get_text() for text in axes.texts] for axes in two.axes] == [
+        ["0.728"] * 2,
+        [],
+        ["0.061"] * 2,
+    ]
+    assert [label.get_text() for label in two.axes[0].get_xticklabels()] == ["block", "tc16"]
+    assert [text.get_text() for axes in four.axes for text in axes.texts] == []
+    assert [label.get_text() for label in four.axes[0].get_xticklabels()] == ["1", "2", "3", "4"]
+    assert [text.get_text() for text in four.legends[0].get_texts()] == [
+        "1  block",
+        "2  tc16",
+        "3  t-sae",
+        "4  a0",
+    ]
 
 
 def shown_texts(figure: Figure) -> Iterator[tuple[Text, Bbox]]:

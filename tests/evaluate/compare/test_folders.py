@@ -165,6 +165,35 @@ def test_missing_draws_are_refused(folder: WriteFolder) -> None:
         read_folders([out])
 
 
+def test_damaged_draws_are_refused(folder: WriteFolder) -> None:
+    out = folder([planted("a", 0, FIGURES)])
+    path = out / "draws" / "core" / "a-s0.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"draws/core/a-s0\.parquet: not a table that tcsae wrote"):
+        read_folders([out])
+
+
+def test_a_result_whose_fields_are_of_another_kind_is_refused(folder: WriteFolder) -> None:
+    out = folder([planted("a", 0, FIGURES)])
+    path = out / "core" / "a-s0.json"
+    body = json.loads(path.read_text())
+    body["eval_result_unstructured"]["tcsae"]["estimates"] = []
+    path.write_text(json.dumps(body))
+    with pytest.raises(RunError, match=r"core/a-s0\.json: not a result that tcsae wrote"):
+        read_folders([out])
+
+
+@pytest.mark.parametrize(
+    ("figures", "is_used"), [(FIGURES, True), ({"l0": 30.0}, False)], ids=["temporal", "core alone"]
+)
+def test_a_table_of_features_that_an_earlier_evaluation_left_is_not_used(
+    folder: WriteFolder, figures: dict[str, float], is_used: bool
+) -> None:
+    one = planted("a", 0, figures)._replace(features={"density": [0.1, 0.2]})
+    (sae,) = read_folders([folder([one])]).saes
+    assert (sae.features is not None) == is_used
+
+
 def _edit(out: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     summary = json.loads((out / "summary.json").read_text())
     edit(summary)
