@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from tcsae.benchmarks.parity_inputs import CONTEXT, random_rows, random_saes, text_rows
+from tcsae.benchmarks.parity_peer import OTHER_PRODUCTS, as_a_result, saebench_figures
 from tcsae.benchmarks.rounding import (
     Activations,
     Thresholds,
@@ -42,7 +42,6 @@ from tcsae.harvest.model import load_model
 from tcsae.tests.fixtures import save_neox
 from tcsae.train.saelens import load_sae, save_sae
 
-PEER = Path(__file__).parent / "peers" / "saebench_core.py"
 BATCH_SIZE = 16
 HOOK = "blocks.3.hook_resid_post"
 
@@ -100,6 +99,8 @@ class Compared(NamedTuple):
     """ours against SAEBench's"""
     handed: dict[str, Handed]
     """by SAE"""
+    itself: dict[str, list[Deviation]]
+    """by SAE: of SAEBench with `OTHER_PRODUCTS` from SAEBench"""
     versions: dict[str, str]
     """of SAEBench and what it computes with"""
 
@@ -144,25 +145,22 @@ def compare(
         "out": str(out / "saebench.json"),
         "seen": str(out / "seen"),
     }
-    (out / "seen").mkdir(exist_ok=True)
-    if not (reuses and (out / "saebench.json").is_file()):
-        command = [python, "-P", str(PEER), json.dumps(asked)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ran.returncode:
-            raise RuntimeError("SAEBench failed: " + "\n".join(ran.stderr.splitlines()[-15:]))
-    theirs = json.loads((out / "saebench.json").read_text())
+    theirs = saebench_figures(python, asked, {}, reuses=reuses)
+    again = {"out": str(out / "saebench-again.json"), "seen": str(out / "seen-again")}
+    theirs_again = saebench_figures(python, asked | again, OTHER_PRODUCTS, reuses=reuses)
     language_model = load_model(str(model), device="cpu")
     batches = read_token_rows(rows).batches(BATCH_SIZE, language_model.special_token_ids)
     keep = torch.cat([batch.keep for batch in batches])
     hook = load_sae(folders[0]).metadata["hook_name"]
     mine = our_activations(language_model, hook, batches)[keep]
     double = double_activations(locate(str(model)).folder, hook, batches)[keep]
-    found, firings, handed = {}, {}, {}
+    found, firings, handed, itself = {}, {}, {}, {}
     for folder, row in zip(folders, ours.rows, strict=True):
         body = json.loads((out / "core" / f"{row.sae}.json").read_text())
         other = theirs["saes"][folder.name]
         found[row.sae] = deviations(body, other)
         firings[row.sae] = firings_that_differ(body, other, int(keep.sum()))
+        itself[row.sae] = deviations(as_a_result(theirs_again["saes"][folder.name]), other)
         seen = torch.from_numpy(np.load(out / "seen" / f"{folder.name}.npy"))
         sae = load_sae(folder)
         body = body_from_activations(language_model, hook, sae, batches, seen)
@@ -172,7 +170,7 @@ def compare(
             firings_that_differ(body, other, int(keep.sum())),
         )
         activations = hold_activations(mine, seen[keep], double)
-    return Compared(found, firings, activations, handed, theirs["versions"])
+    return Compared(found, firings, activations, handed, itself, theirs["versions"])
 
 
 def deviations(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Deviation]:
@@ -262,6 +260,10 @@ def report_rounding(compared: Compared) -> None:
     print(
         "\nOur figures of the activations that SAEBench saw: "
         + in_words([one for handed in compared.handed.values() for one in handed.deviations])
+    )
+    print(
+        "\nSAEBench against itself, its products computed with the instructions of another machine: "
+        + in_words([one for columns in compared.itself.values() for one in columns])
     )
 
 
