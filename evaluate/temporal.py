@@ -201,8 +201,10 @@ def compare_with_control(
         treated.leave_one_out - control.leave_one_out,
     )
     difference = Estimate.of(names[1], "1", apart, n_documents)
-    if min(control.value, control.draws.min(), control.leave_one_out.min()) <= 0:
-        reason = "undefined, because the control reaches zero in a resample"
+    lowest = np.min([control.value, control.draws.min(), control.leave_one_out.min()])
+    if not lowest > 0:
+        what = "is undefined" if np.isnan(lowest) else "reaches zero"
+        reason = f"undefined, because the control {what} in a resample"
         return Estimate.count(names[0], "1", None, n_documents, reason), difference
     times = interval(
         treated.value / control.value,

@@ -33,9 +33,9 @@ def unlearning_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def figure_in_words(one: Estimate) -> str:
-    """Value and interval, or why there is none."""
+    """Value and interval, or why there is none of either."""
     if one.value is None:
         return one.reason or "undefined"
     if one.low is None or one.high is None:
-        return f"{one.value:.3f}"
+        return f"{one.value:.3f} ({one.reason})" if one.reason else f"{one.value:.3f}"
     return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"

@@ -272,6 +272,14 @@ def test_a_single_resample_in_which_the_control_is_zero_is_enough(where: str) ->
     assert difference.value == pytest.approx(0.08)
 
 
+def test_a_resample_in_which_the_control_is_undefined_leaves_no_ratio_though_another_is_zero() -> None:
+    treated, control = draws_about(0.12, 0.012), draws_about(0.04, 0.004)
+    control.draws[:2] = np.nan, 0.0  # the least of these is neither
+    ratio, difference = compare_with_control("a", treated, control, 9)
+    assert ratio.reason == "undefined, because the control is undefined in a resample"
+    assert (difference.value, difference.low) == (pytest.approx(0.08), None)
+
+
 def test_an_undefined_metric_makes_an_undefined_comparison() -> None:
     ratio, difference = compare_with_control("a", None, draws_about(0.1, 0.01), 9)
     assert (ratio.value, difference.value) == (None, None)
