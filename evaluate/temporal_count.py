@@ -125,18 +125,17 @@ class Accumulator:
         unit = unit_of_row * (len(KINDS) * len(sums.lags) * sums.d_sae * CELLS)
         table = self._new_table(len(documents))
         inside = feature * CELLS + state
-        parts = (
-            row,
-            feature,
-            value.double(),
-            state,
-            (slot_of_row * table[0].numel()).index_select(0, row) + feature,
-            inside,
-            unit.index_select(0, row) + inside,
-            unit,
-            torch.searchsorted(row, torch.arange(codes.n_rows + 1)),
+        entries = Entries(
+            row=row.numpy(),
+            feature=feature.numpy(),
+            value=value.double().numpy(),
+            state=state.numpy(),
+            in_table=((slot_of_row * table[0].numel()).index_select(0, row) + feature).numpy(),
+            inside=inside.numpy(),
+            in_unit=(unit.index_select(0, row) + inside).numpy(),
+            unit=unit.numpy(),
+            start=torch.searchsorted(row, torch.arange(codes.n_rows + 1)).numpy(),
         )
-        entries = Entries(*(part.numpy() for part in parts))
         self._places.fill(entries, codes.n_rows, sums.d_sae)
         self._count_values(codes, entries, table, slot_of_row, unit_of_slot)
         n_pairs = np.zeros((len(documents), len(sums.lags)), dtype=np.int64)
@@ -155,8 +154,8 @@ class Accumulator:
                 )
                 if kind == KINDS.index("observed"):
                     n_pairs[:, lag] = np.bincount(slots[is_first], minlength=len(documents))
-            for counted_pairs in counting:
-                counted_pairs.result()  # an error in a thread is raised here
+            for counting_pairs in counting:
+                counting_pairs.result()  # an error in a thread is raised here
         n = np.bincount(slots[counted.numpy()], minlength=len(documents))
         self._documents.add(documents, table, n, n_pairs)
 

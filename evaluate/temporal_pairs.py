@@ -27,10 +27,13 @@ class Entries(NamedTuple):
     """The active entries of counted tokens, and where they go."""
 
     row: Numbers
+    """token of the block, ascending"""
     feature: Numbers
+    """its feature that is on"""
     value: Float[np.ndarray, " entry"]
-    """in float64"""
+    """the activation, in float64"""
     state: Numbers
+    """1 to 3, see `Thirds.states`"""
     in_table: Numbers
     """place in the first column of its document and feature"""
     inside: Numbers
@@ -87,7 +90,21 @@ def count_pairs(
     lag: int,
     pairing: Pairing,
 ) -> None:
-    """Add to the counts of ``kind`` and ``lag``, which are places, and for observed pairs to their columns."""
+    """Add a block's pairs to what is counted of them.
+
+    Parameters
+    ----------
+    sums
+        to whose counts by states they are added
+    table
+        to whose columns of products, of a document each, observed pairs are added
+    entries, places
+        of the block
+    kind, lag
+        numbers in `KINDS` and ``sums.lags``
+    pairing
+        the pairs
+    """
     second, first = pairing.second.numpy(), pairing.first.numpy()
     there = (second * sums.d_sae)[entries.row]
     there += entries.feature
@@ -128,8 +145,8 @@ def _count_states(
     plane = (kind * len(sums.lags) + lag) * sums.d_sae * CELLS
     cells = torch.from_numpy(sums.cells.reshape(-1)[plane:])
 
-    def count(places: Numbers) -> None:
-        cells.scatter_add_(0, torch.from_numpy(places), torch.ones(len(places), dtype=cells.dtype))
+    def count(at: Numbers) -> None:
+        cells.scatter_add_(0, torch.from_numpy(at), torch.ones(len(at), dtype=cells.dtype))
 
     def as_first(which: Numbers) -> Numbers:
         found: Numbers = entries.in_unit[which] + entries.state[which] * (STATES - 1)

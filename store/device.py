@@ -20,7 +20,7 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # meta makes tensors, but without values
     # What torch raises depends on the backend: an unknown name or a missing GPU, a build without CUDA, a backend
     # that has no such operation.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"device: expected auto, cpu or a GPU that torch sees, got {name!r} ({reason}); try --device cpu"
